@@ -1,0 +1,265 @@
+"""Configuration of the multi-task sentence transformer: which heads there are, and how a text becomes one vector.
+
+`config.json` is the encoder's own configuration (its native `model_type`, its fields at the root) plus the fields
+documented in `MultiTaskConfig`. Libraries that do not know this code therefore see a plain encoder.
+"""
+
+import copy
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+SEQUENCE = "sequence_classification"
+TOKEN = "token_classification"
+KINDS = (SEQUENCE, TOKEN)
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+WEIGHTS_INDEX = "multitask.safetensors.index.json"  # its presence marks a release folder
+POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_multitask.MultiTaskConfig",
+    "AutoModel": "modeling_multitask.MultiTaskModel",
+    "AutoModelForSequenceClassification": "modeling_multitask.MultiTaskForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_multitask.MultiTaskForTokenClassification",
+}
+CUSTOM_PIPELINES = {"multitask": {"impl": "pipeline_multitask.MultiTaskPipeline", "pt": ["AutoModel"]}}
+
+# Attributes of torch.nn.ModuleDict, where the heads live, are no task names.
+_TASK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_RESERVED_TASK_NAMES = {"keys", "values", "items", "pop", "clear", "update", "training", "forward", "train", "eval", "type"}
+
+
+def is_number(value: object) -> bool:
+    """Returns whether `value` is an int or float and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """One head: what it predicts and how it is built. Checked on construction.
+
+    Attributes:
+        kind: `"sequence_classification"` (one answer per text) or `"token_classification"` (one label per word).
+        labels: Label names in the order of the logits. Token labels with `B-`/`I-` prefixes form a BIO scheme and
+            need an `"O"` and a `B-` label for each type. For regression: the names of the values predicted.
+        problem_type: Sequence tasks only: `"single_label_classification"` (default), `"multi_label_classification"`
+            or `"regression"`.
+        classifier_dropout: Dropout before the classifier in training, in [0, 1).
+        hidden_dim: Width of a hidden layer (GELU) before the classifier; None for a linear head.
+        layer_mix: Whether the head reads a learned softmax mix of all encoder layers (Peters et al. 2018, ELMo)
+            instead of the last one.
+        temperature: Positive number by which the logits are divided (Guo et al. 2017); 1 changes nothing.
+        thresholds: Multi-label only: probability in [0, 1] from which each label counts as present; None: 0.5.
+        loss_weight: Non-negative factor of this task's loss in the summed loss.
+
+    Raises:
+        ValueError: A field has the wrong type or value; the message names it and what is allowed.
+    """
+
+    kind: str
+    labels: list[str]
+    problem_type: str | None = None
+    classifier_dropout: float = 0.1
+    hidden_dim: int | None = None
+    layer_mix: bool = False
+    temperature: float = 1.0
+    thresholds: list[float] | None = None
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}")
+        if self.kind == SEQUENCE and self.problem_type is None:
+            object.__setattr__(self, "problem_type", PROBLEM_TYPES[0])
+        self._check_labels()
+        self._check_problem_type()
+        dropout = self.classifier_dropout
+        self._require(is_number(dropout) and 0 <= dropout < 1, "classifier_dropout", "a number in [0, 1)")
+        hidden = self.hidden_dim
+        self._require(hidden is None or (type(hidden) is int and hidden > 0), "hidden_dim", "a positive integer or null")
+        self._require(isinstance(self.layer_mix, bool), "layer_mix", "true or false")
+        temperature, weight = self.temperature, self.loss_weight
+        self._require(is_number(temperature) and 0 < temperature < float("inf"), "temperature", "a positive number")
+        self._require(is_number(weight) and 0 <= weight < float("inf"), "loss_weight", "a number of at least 0")
+
+    @property
+    def is_bio(self) -> bool:
+        """Whether the labels tag entities in the BIO scheme, that is, whether any starts with `B-` or `I-`."""
+        return self.kind == TOKEN and any(label.startswith(("B-", "I-")) for label in self.labels)
+
+    @classmethod
+    def from_dict(cls, name: str, fields: Any) -> "TaskSpec":
+        """Returns the checked spec of task `name` from its JSON object; errors start with `tasks.<name>`."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"tasks.{name} is {fields!r}; it must be an object with at least 'kind' and 'labels'.")
+        known = list(cls.__dataclass_fields__)
+        if unknown := sorted(set(fields) - set(known), key=str):
+            raise ValueError(f"tasks.{name} has unknown fields {unknown}; known fields: {', '.join(known)}.")
+        if missing := [field for field in ("kind", "labels") if field not in fields]:
+            raise ValueError(f"tasks.{name} lacks the fields {missing}.")
+        try:
+            return cls(**copy.deepcopy(fields))
+        except ValueError as error:
+            raise ValueError(f"tasks.{name}.{error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form: the fields that differ from their defaults, and always `kind` and `labels`."""
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
+
+    def _require(self, holds: bool, field: str, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}.")
+
+    def _check_labels(self) -> None:
+        labels = self.labels
+        well_formed = isinstance(labels, list) and labels and all(isinstance(x, str) and x for x in labels)
+        self._require(bool(well_formed), "labels", "a non-empty list of non-empty strings")
+        self._require(len(set(labels)) == len(labels), "labels", "a list without duplicates")
+        if self.is_bio:
+            self._require(
+                "O" in labels and all(x == "O" or x.startswith(("B-", "I-")) for x in labels),
+                "labels", "in a BIO scheme only 'O', 'B-<type>' and 'I-<type>', 'O' among them",
+            )  # fmt: skip
+            self._require(
+                all("B-" + x[2:] in labels for x in labels if x.startswith("I-")),
+                "labels", "in a BIO scheme a 'B-<type>' for every 'I-<type>' (convert IO or IOB1 tags to BIO first)",
+            )  # fmt: skip
+
+    def _check_problem_type(self) -> None:
+        if self.kind == TOKEN:
+            self._require(self.problem_type is None, "problem_type", "null for a token_classification task")
+        else:
+            self._require(self.problem_type in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+        if self.problem_type == PROBLEM_TYPES[0] or self.kind == TOKEN:
+            self._require(len(self.labels) > 1, "labels", "at least two labels, since one of them is chosen")
+        if self.thresholds is not None:
+            values = self.thresholds
+            well_formed = isinstance(values, list) and all(is_number(x) and 0 <= x <= 1 for x in values)
+            self._require(
+                self.problem_type == PROBLEM_TYPES[1] and well_formed and len(values) == len(self.labels),
+                "thresholds", f"null, or for multi_label_classification a list of {len(self.labels)} numbers in [0, 1]",
+            )  # fmt: skip
+
+
+class MultiTaskConfig(PreTrainedConfig):
+    """Configuration of `MultiTaskModel`: an encoder's own configuration with pooling, projection and tasks added.
+
+    Args:
+        model_type: The encoder's native model type, any that `AutoModel` knows ("bert", "roberta", "modernbert", …).
+        pooling_mode: How token vectors become one text vector: "cls", "mean", "max", "mean_sqrt_len_tokens",
+            "weightedmean" or "lasttoken", as in sentence-transformers' Pooling.
+        embedding_dim: Width of the sentence embedding after a linear projection; None: no projection, the
+            embedding is as wide as the encoder.
+        tasks: Maps each task's name to its fields, see `TaskSpec`. The order of heads and labels is kept.
+        multitask_weights: Name of the weight index of the release layout; None for a single-file checkpoint.
+        **kwargs: The encoder's own fields, and those of `PreTrainedConfig`.
+
+    Raises:
+        ValueError: A field has a wrong type or value; the message names it and what is allowed.
+    """
+
+    keys_to_ignore_at_inference = ["last_hidden_state", "hidden_states", "attentions", "task_losses"]
+
+    def __init__(
+        self,
+        model_type: str = "bert",
+        pooling_mode: str = "mean",
+        embedding_dim: int | None = None,
+        tasks: dict[str, dict[str, Any]] | None = None,
+        multitask_weights: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model_type, str) or model_type not in MODEL_MAPPING_NAMES:
+            raise ValueError(
+                f"model_type is {model_type!r}; allowed: the model type of an encoder that AutoModel knows, "
+                "for instance 'bert', 'roberta', 'distilbert', 'modernbert' or 'xlm-roberta'."
+            )
+        native = CONFIG_MAPPING[model_type](**kwargs)
+        self.attribute_map = native.attribute_map  # hidden_size is `dim` in DistilBERT, and so on
+        super().__init__(**{**kwargs, **native.to_dict()})
+        self.model_type = model_type
+        self.pooling_mode = pooling_mode
+        self.embedding_dim = embedding_dim
+        self._check_embedding()
+        self.set_tasks({} if tasks is None else tasks)
+        if multitask_weights is not None:
+            if not isinstance(multitask_weights, str) or not multitask_weights.endswith(".safetensors.index.json"):
+                raise ValueError(
+                    f"multitask_weights is {multitask_weights!r}; allowed: the name of an index file inside the "
+                    "model folder that ends in '.safetensors.index.json'."
+                )
+            self.transformers_weights = multitask_weights  # what PreTrainedModel.from_pretrained reads
+
+    def _check_embedding(self) -> None:
+        if self.pooling_mode not in POOLING_MODES:
+            raise ValueError(f"pooling_mode is {self.pooling_mode!r}; allowed: {', '.join(POOLING_MODES)}.")
+        dim = self.embedding_dim
+        if dim is not None and (type(dim) is not int or dim < 1):
+            raise ValueError(f"embedding_dim is {dim!r}; allowed: a positive integer, or null for no projection.")
+
+    def set_tasks(self, tasks: dict[str, dict[str, Any]]) -> None:
+        """Replaces the tasks, after checking all names and fields.
+
+        Raises:
+            ValueError: A name or a field is not allowed; the tasks stay as they were.
+        """
+        if not isinstance(tasks, dict):
+            raise ValueError(f"tasks is {tasks!r}; it must be an object that maps task names to their fields.")
+        for name in tasks:
+            if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or name in _RESERVED_TASK_NAMES:
+                raise ValueError(
+                    f"tasks has the task name {name!r}; allowed: letters, digits, '_' and '-', starting with a letter, "
+                    f"and none of {', '.join(sorted(_RESERVED_TASK_NAMES))}."
+                )
+        self.tasks = {name: TaskSpec.from_dict(name, fields).to_dict() for name, fields in tasks.items()}
+
+    @property
+    def task_specs(self) -> dict[str, TaskSpec]:
+        """The checked spec of every task, in order."""
+        return {name: TaskSpec.from_dict(name, fields) for name, fields in self.tasks.items()}
+
+    @property
+    def encoder_config(self) -> PreTrainedConfig:
+        """A new native configuration of the encoder alone, for instance a `BertConfig`."""
+        own = ("model_type", "auto_map", "custom_pipelines", "pooling_mode", "embedding_dim", "tasks", "transformers_weights")
+        fields = {name: value for name, value in self.to_dict().items() if name not in own}
+        return CONFIG_MAPPING[self.model_type](**fields, attn_implementation=self._attn_implementation)
+
+    def pick_task(self, kind: str, name: str | None) -> str:
+        """Returns `name` after checking that it is a task of `kind`, or the first task of `kind` if it is None.
+
+        Raises:
+            ValueError: There is no such task.
+        """
+        names = [task for task, spec in self.tasks.items() if spec["kind"] == kind]
+        if not names or (name is not None and name not in names):
+            wanted = f"no task named {name!r}" if name is not None else "no task"
+            raise ValueError(f"This model has {wanted} of kind {kind}; it has: {', '.join(names) or 'none'}.")
+        return names[0] if name is None else name
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "MultiTaskConfig":
+        """Returns the configuration stored in a folder or on the Hub; takes what `PreTrainedConfig` takes.
+
+        The base method would warn that the file's model type is the encoder's and not this class's.
+        """
+        fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(fields, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form, which is the encoder's configuration with this class's fields added."""
+        fields = super().to_dict()
+        for name in ("attribute_map", "id2label", "label2id", "problem_type"):
+            fields.pop(name, None)  # the order of labels lives in `tasks` alone
+        architecture = MODEL_MAPPING_NAMES[self.model_type]
+        fields["architectures"] = [architecture if isinstance(architecture, str) else architecture[0]]
+        fields["model_type"] = self.model_type
+        fields["auto_map"] = dict(AUTO_MAP)
+        fields["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
+        return fields
+
+
+MultiTaskConfig.register_for_auto_class(AutoConfig.__name__)

@@ -1,0 +1,510 @@
+"""The multi-task sentence transformer: one encoder pass gives a sentence embedding, text labels and word labels.
+
+Read it from the top: pooling, one head, its loss, the model around them, and the two views that show a single head
+through transformers' standard classes. Axes: B batch, T tokens, H hidden, E embedding, C labels, L layers.
+"""
+
+import copy
+import inspect
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.utils import cached_file, logging
+from transformers.utils.generic import can_return_tuple
+
+try:
+    from .configuration_multitask import SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
+    from configuration_multitask import SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class WeightsError(Exception):
+    """The stored weights and the configuration do not make a whole model.
+
+    Neither a ValueError nor an OSError: `transformers.pipeline` answers those by trying the plain encoder instead.
+    """
+
+
+@dataclass
+class MultiTaskOutput(ModelOutput):
+    """Everything that one pass gives.
+
+    Attributes:
+        last_hidden_state: float [B, T, H], the encoder's last layer.
+        sentence_embedding: float [B, E], unit length (zero for a row whose attention mask is all zero).
+        logits: Maps each requested task to float [B, C] (sequence tasks) or [B, T, C] (token tasks).
+        loss: float [], the sum of `loss_weight` times each labelled task's loss; None without labels.
+        task_losses: Maps each labelled task to its unweighted loss, float [].
+        hidden_states: L + 1 tensors [B, T, H], if asked for.
+        attentions: L tensors [B, heads, T, T], if asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    sentence_embedding: Tensor | None = None
+    logits: dict[str, Tensor] | None = None
+    loss: Tensor | None = None
+    task_losses: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """Returns one vector per text, as sentence-transformers' Pooling computes it, whatever side the padding is on.
+
+    Args:
+        hidden: float [B, T, H], token vectors.
+        mask: int [B, T], 1 for a token and 0 for padding.
+        mode: One of `POOLING_MODES`.
+
+    Returns:
+        float [B, H] in the dtype of `hidden`; zero for a row without any token.
+    """
+    some = mask.any(dim=1, keepdim=True)  # [B, 1]
+    if mode in ("cls", "lasttoken"):
+        first = mask.int().argmax(dim=1)
+        last = mask.shape[1] - 1 - mask.int().flip(1).argmax(dim=1)
+        row = torch.arange(len(hidden), device=hidden.device)
+        return hidden[row, first if mode == "cls" else last] * some
+    if mode == "max":
+        return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(dim=1).masked_fill(~some, 0.0)
+    weights = mask.float()  # sums are taken in float32, also for half-precision models
+    if mode == "weightedmean":
+        weights = weights * weights.cumsum(dim=1)  # the i-th token of a text weighs i
+    total = (hidden * weights.unsqueeze(-1)).sum(dim=1)  # [B, H]
+    norm = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)  # [B, 1]
+    return (total / (norm.sqrt() if mode == "mean_sqrt_len_tokens" else norm)).to(hidden.dtype)
+
+
+class TaskHead(nn.Module):
+    """One classifier on the shared encoder: optional layer mix and hidden layer, dropout, linear."""
+
+    def __init__(self, spec: TaskSpec, hidden_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1)) if spec.layer_mix else None
+        self.dense = nn.Linear(hidden_size, spec.hidden_dim) if spec.hidden_dim else None
+        self.dropout = nn.Dropout(spec.classifier_dropout)
+        self.classifier = nn.Linear(spec.hidden_dim or hidden_size, len(spec.labels))
+
+    def mix(self, hidden_states: tuple[Tensor, ...]) -> Tensor:
+        """Returns the softmax-weighted sum of the L + 1 layers' token vectors, float [B, T, H]."""
+        weights = self.layer_weights.softmax(dim=0)
+        return sum(weight * layer for weight, layer in zip(weights, hidden_states, strict=True))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns logits, float [..., C], for features [..., H]."""
+        if self.dense is not None:
+            features = F.gelu(self.dense(features))
+        return self.classifier(self.dropout(features)) / self.spec.temperature
+
+
+def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean loss over the labels that are not -100; zero (with a graph) if there are none.
+
+    Args:
+        spec: The task.
+        logits: float [B, C] or, for token tasks, [B, T, C].
+        labels: int [B] (single label) or [B, T] (token); 0/1 [B, C] (multi-label); float [B] or [B, C] (regression).
+
+    Raises:
+        ValueError: The labels have another shape.
+    """
+    per_label = spec.problem_type in ("multi_label_classification", "regression")
+    expected = logits.shape if per_label else logits.shape[:-1]
+    if spec.problem_type == "regression" and len(spec.labels) == 1 and labels.dim() == 1:
+        labels = labels.unsqueeze(-1)  # [B] → [B, 1]
+    if labels.shape != expected:
+        raise ValueError(f"labels have shape {list(labels.shape)}; a {spec.problem_type or TOKEN} head of "
+                         f"{len(spec.labels)} labels takes {list(expected)} here.")  # fmt: skip
+    logits, kept = logits.float(), labels != IGNORE_INDEX
+    if spec.problem_type == "regression":
+        losses = (logits - labels) ** 2
+    elif spec.problem_type == "multi_label_classification":
+        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+    else:
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), reduction="none").view_as(labels)
+    return losses.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+
+
+class MultiTaskModel(PreTrainedModel):
+    """One encoder with a sentence embedding and any number of classification heads, all from a single pass.
+
+    The encoder is any that `AutoModel` knows. It is built from the configuration, with random weights; pretrained
+    weights come from `from_pretrained`, which raises `WeightsError` rather than leave any weight random.
+    """
+
+    config_class = MultiTaskConfig
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean per task: the Trainer must not rescale it by item counts
+    # The encoder checks each of these for itself when it is built.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MultiTaskConfig) -> None:
+        encoder_config = config.encoder_config  # read first: the base class resolves the attention implementation
+        super().__init__(config)
+        encoder = MODEL_MAPPING[type(encoder_config)](encoder_config)
+        # Under its native prefix, so that a checkpoint of the bare encoder loads into it.
+        self.base_model_prefix = encoder.base_model_prefix
+        setattr(self, self.base_model_prefix, encoder)
+        self._encoder_inputs = set(inspect.signature(encoder.forward).parameters)
+        self.linear = nn.Linear(config.hidden_size, config.embedding_dim, bias=False) if config.embedding_dim else None
+        self.heads = nn.ModuleDict({name: self._new_head(spec) for name, spec in config.task_specs.items()})
+        self.post_init()
+
+    def _new_head(self, spec: TaskSpec) -> TaskHead:
+        return TaskHead(spec, self.config.hidden_size, self.config.num_hidden_layers)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TaskHead) and module.layer_weights is not None:
+            init.zeros_(module.layer_weights)
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The shared encoder, for instance a `BertModel`."""
+        return getattr(self, self.base_model_prefix)
+
+    @property
+    def max_length(self) -> int | None:
+        """The greatest number of tokens, special tokens included, that the encoder takes; None if unlimited."""
+        table = getattr(getattr(self.encoder, "embeddings", None), "position_embeddings", None)
+        if table is None:
+            return getattr(self.config, "max_position_embeddings", None)
+        # RoBERTa counts positions from padding_idx + 1.
+        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        tasks: Iterable[str] | None = None,
+        labels: dict[str, Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> MultiTaskOutput:
+        """Returns embedding, logits and, where labels are given, losses.
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: int [B, T], 1 for tokens and 0 for padding; None: every position is a token.
+            token_type_ids: int [B, T]; not passed on to encoders that know none.
+            position_ids: int [B, T].
+            inputs_embeds: float [B, T, H] in place of `input_ids`.
+            tasks: Names of the heads to compute; None: all; empty: the embedding alone.
+            labels: Maps any subset of the computed tasks to its labels, see `task_loss`. -100 marks what has no label.
+            output_hidden_states: Whether to return all layers' token vectors.
+            output_attentions: Whether to return attention probabilities (needs `attn_implementation="eager"`).
+            **kwargs: Passed to the encoder.
+
+        Raises:
+            ValueError: An unknown task, labels for a task that is not computed, labels of another shape, or more
+                tokens than the encoder takes.
+        """
+        names = self._requested(tasks, labels)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        mixing = any(self.heads[name].layer_weights is not None for name in names)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids if "token_type_ids" in self._encoder_inputs else None,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        self._check_length(inputs)
+        encoded = self.encoder(**inputs, output_hidden_states=output_hidden_states or mixing, **kwargs)
+
+        hidden = encoded.last_hidden_state  # [B, T, H]
+        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
+        pooled = pool(hidden, mask, self.config.pooling_mode)  # [B, H]
+        logits = {name: self._logits(self.heads[name], hidden, pooled, mask, encoded.hidden_states) for name in names}
+        task_losses = {name: task_loss(self.heads[name].spec, logits[name], y) for name, y in (labels or {}).items()}
+        return MultiTaskOutput(
+            last_hidden_state=hidden,
+            sentence_embedding=F.normalize(pooled if self.linear is None else self.linear(pooled), dim=-1),
+            logits=logits,
+            loss=sum(self.heads[name].spec.loss_weight * loss for name, loss in task_losses.items())
+            if task_losses
+            else None,
+            task_losses=task_losses or None,
+            hidden_states=encoded.hidden_states if output_hidden_states else None,
+            attentions=encoded.attentions,
+        )
+
+    def _requested(self, tasks: Iterable[str] | None, labels: dict[str, Tensor] | None) -> list[str]:
+        names = list(self.heads) if tasks is None else list(tasks)
+        if unknown := [name for name in names if name not in self.heads]:
+            raise ValueError(f"tasks holds {unknown}; this model's tasks are: {', '.join(self.heads) or 'none'}.")
+        if unused := [name for name in labels or {} if name not in names]:
+            raise ValueError(f"labels are given for {unused}; the tasks computed here are: {', '.join(names) or 'none'}.")
+        return names
+
+    def _check_length(self, inputs: dict[str, Tensor]) -> None:
+        length = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[1]
+        limit = self.max_length
+        if not torch.compiler.is_compiling() and limit is not None and length > limit:
+            raise ValueError(
+                f"The input has {length} tokens; this encoder takes {limit}. Tokenize with truncation=True, or use "
+                'pipeline("multitask"), which reads long texts in windows.'
+            )
+
+    def _logits(
+        self, head: TaskHead, hidden: Tensor, pooled: Tensor, mask: Tensor, layers: tuple[Tensor, ...] | None
+    ) -> Tensor:
+        if head.layer_weights is not None:
+            hidden = head.mix(layers)  # [B, T, H]
+            pooled = pool(hidden, mask, self.config.pooling_mode) if head.spec.kind == SEQUENCE else pooled
+        return head(pooled if head.spec.kind == SEQUENCE else hidden)
+
+    def add_task(self, name: str, spec: dict[str, Any]) -> None:
+        """Adds a head with random weights, to be trained; every other output stays as it is, to the bit.
+
+        Args:
+            name: Name of the new task.
+            spec: Its fields, see `TaskSpec`.
+
+        Raises:
+            ValueError: The name is taken or not allowed, or the spec is not well-formed.
+        """
+        if name in self.heads:
+            raise ValueError(f"tasks has {name!r} already; remove_task({name!r}) first, or choose another name.")
+        self.config.set_tasks({**self.config.tasks, name: spec})
+        head = self._new_head(self.config.task_specs[name])
+        for module in head.modules():
+            self._init_weights(module)
+        self.heads[name] = head.to(device=self.device, dtype=self.dtype).train(self.training)
+
+    def remove_task(self, name: str) -> None:
+        """Removes a head and its configuration; every other output stays as it is, to the bit.
+
+        Raises:
+            ValueError: There is no such task.
+        """
+        self._requested([name], None)
+        self.config.set_tasks({task: spec for task, spec in self.config.tasks.items() if task != name})
+        del self.heads[name]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, config: Any = None, **kwargs: Any
+    ) -> "MultiTaskModel":
+        """Returns the model stored in a folder or on the Hub; takes what `PreTrainedModel.from_pretrained` takes.
+
+        Raises:
+            WeightsError: A weight is missing, unexpected, of another shape or unreadable, or the index is malformed.
+        """
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs.pop("ignore_mismatched_sizes", None)  # never: it would leave random weights
+        if not isinstance(config, PreTrainedConfig):
+            source = pretrained_model_name_or_path if config is None else config
+            config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+            kwargs = {**kwargs, **hub}
+        weight_map = _read_weight_map(pretrained_model_name_or_path, config, hub)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported below, with the field that disagrees
+                **kwargs,
+            )
+        except (OSError, SafetensorError) as error:
+            files = sorted(set(weight_map.values())) or ["model.safetensors"]
+            raise WeightsError(_unreadable(pretrained_model_name_or_path, files, hub, error)) from error
+        if problems := _loading_problems(info, weight_map, config):
+            raise WeightsError("\n  ".join([f"{pretrained_model_name_or_path} is not a whole model:", *problems]))
+        return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes a checkpoint with all weights in one file and the code needed to load it.
+
+        Raises:
+            ValueError: `save_directory` holds a release, whose index and split weights would go stale.
+        """
+        if Path(save_directory, WEIGHTS_INDEX).exists():
+            raise ValueError(
+                f"{save_directory} holds a release ({WEIGHTS_INDEX}). Save to another folder, and write a release "
+                "from it with `python -m release.export`."
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def check_weight_map(index: Any, source: str) -> dict[str, str]:
+    """Returns the weight map of a parsed index after checking its form.
+
+    Raises:
+        WeightsError: It is no index, or names a file outside its folder or one that is not safetensors.
+    """
+    fields = index if isinstance(index, dict) else {}
+    weight_map = fields.get("weight_map")
+    if not isinstance(fields.get("metadata"), dict) or not isinstance(weight_map, dict):
+        raise WeightsError(f"{source}: needs the objects 'metadata' and 'weight_map' at its root.")
+    for key, file in weight_map.items():
+        path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath("..")
+        if path.is_absolute() or ".." in path.parts or "\\" in str(file) or path.suffix != ".safetensors":
+            raise WeightsError(
+                f"{source}: weight_map[{key!r}] is {file!r}; allowed: a *.safetensors file inside the model's folder."
+            )
+    return weight_map
+
+
+def _read_weight_map(folder: str | Path | None, config: MultiTaskConfig, hub: dict[str, Any]) -> dict[str, str]:
+    index_name = getattr(config, "transformers_weights", None)
+    if folder is None or index_name is None:
+        return {}
+    try:
+        return check_weight_map(json.loads(Path(cached_file(folder, index_name, **hub)).read_text("utf-8")), index_name)
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
+        raise WeightsError(f"{index_name}, which config.json names in 'multitask_weights', is unreadable: {error}") from error
+
+
+def _unreadable(folder: str | Path, files: list[str], hub: dict[str, Any], error: Exception) -> str:
+    """Returns a message that names the file of `files` which made loading fail, if one can be told."""
+    for file in files:
+        try:
+            with safe_open(cached_file(folder, file, **hub), framework="pt"):
+                pass
+        except Exception as cause:
+            return f"{folder}: the weights file {file} is missing or broken ({cause}). Fetch it again."
+    return f"{folder}: the weights could not be read: {error}"
+
+
+def _loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: MultiTaskConfig) -> list[str]:
+    """Returns one line for each weight that did not load as it should."""
+    where = {key.removeprefix("model."): file for key, file in weight_map.items()}
+    problems = [f"{key}: missing in {where.get(key, 'the stored weights')}" for key in sorted(info["missing_keys"])]
+    problems += [f"{key}: stored, but config.json describes no such weight" for key in sorted(info["unexpected_keys"])]
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        problem = f"{key}: {where.get(key, 'the file')} holds shape {list(stored)}, config.json asks for {list(expected)}"
+        if key.startswith("heads."):
+            task = key.split(".")[1]
+            problem += f" (tasks.{task}.labels has {len(config.tasks[task]['labels'])} labels)"
+        problems.append(problem)
+    return problems
+
+
+class _HeadView(MultiTaskModel):
+    """The whole model, seen through one of its heads: the standard output and configuration of that one task."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, config: MultiTaskConfig, task: str | None = None) -> None:
+        super().__init__(copy.deepcopy(config))
+        self.task = config.pick_task(self.kind, task)
+        spec = self.heads[self.task].spec
+        self.config.id2label = dict(enumerate(spec.labels))
+        self.config.label2id = {label: i for i, label in enumerate(spec.labels)}
+        self.config.problem_type = spec.problem_type
+
+    def _view(self, inputs: dict[str, Any], labels: Tensor | None, **kwargs: Any) -> MultiTaskOutput:
+        """Runs the one head; texts beyond the encoder's length lose their end, with a warning.
+
+        The standard pipelines do not truncate by themselves.
+        """
+        sizes = [value.shape[1] for value in inputs.values() if value is not None]
+        limit = self.max_length
+        if limit is not None and max(sizes, default=0) > limit:
+            logger.warning_once(
+                f"A text of {max(sizes)} tokens is cut to the first {limit}, which is all that this encoder takes; "
+                'pipeline("multitask") reads long texts in windows.'
+            )
+            inputs = {name: None if value is None else value[:, :limit] for name, value in inputs.items()}
+            labels = labels[:, :limit] if labels is not None and self.kind == TOKEN else labels
+        labelled = None if labels is None else {self.task: labels}
+        return super().forward(**inputs, tasks=[self.task], labels=labelled, **kwargs)
+
+
+class MultiTaskForSequenceClassification(_HeadView):
+    """A `MultiTaskModel` that answers like transformers' sequence classifiers; `task=` picks the head.
+
+    Args:
+        config: The model's configuration.
+        task: Name of a sequence_classification task; None: the first one.
+    """
+
+    kind = SEQUENCE
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Returns the head's logits, float [B, C], and its loss if labels are given; see `MultiTaskModel.forward`."""
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        out = self._view(inputs, labels, **kwargs)
+        return SequenceClassifierOutput(
+            loss=out.loss, logits=out.logits[self.task], hidden_states=out.hidden_states, attentions=out.attentions
+        )
+
+
+class MultiTaskForTokenClassification(_HeadView):
+    """A `MultiTaskModel` that answers like transformers' token classifiers; `task=` picks the head.
+
+    Args:
+        config: The model's configuration.
+        task: Name of a token_classification task; None: the first one.
+    """
+
+    kind = TOKEN
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Returns the head's logits, float [B, T, C], and its loss if labels are given; see `MultiTaskModel.forward`."""
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        out = self._view(inputs, labels, **kwargs)
+        return TokenClassifierOutput(
+            loss=out.loss, logits=out.logits[self.task], hidden_states=out.hidden_states, attentions=out.attentions
+        )
+
+
+MultiTaskModel.register_for_auto_class("AutoModel")
+MultiTaskForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MultiTaskForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
