@@ -1,0 +1,254 @@
+"""Trains a multi-task sentence transformer: `python -m training.train training/recipes/release.toml --output runs/release`.
+
+Every step is one batch of one task; tasks share the encoder. Next to the tasks' own losses, every text is held near
+the embedding that the starting encoder gave it. Needs Python 3.11.
+"""
+
+import argparse
+import json
+import random
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from configuration_multitask import SEQUENCE, TOKEN, MultiTaskConfig
+from modeling_multitask import IGNORE_INDEX, MultiTaskModel, pool
+from training.data import Example, class_names, load_split, pair_examples, sequence_examples, token_examples
+
+PAIRS = "scored_pairs"
+_COLUMNS = {
+    SEQUENCE: ("text_column", "label_column"),
+    TOKEN: ("tokens_column", "tags_column"),
+    PAIRS: ("text_columns", "score_column"),
+}
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Returns a recipe, its data sets given relative to the recipe's own folder or as Hub ids."""
+    recipe = tomllib.loads(Path(path).read_text("utf-8"))
+    for task in recipe["tasks"].values():
+        local = Path(path).parent / task["dataset"]
+        task["dataset"] = str(local.resolve()) if local.exists() else task["dataset"]
+    return recipe
+
+
+def load_examples(task: dict[str, Any], split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[str]]:
+    """Returns one task's tokenized examples and its label names (none for scored pairs)."""
+    first, second = (task[name] for name in _COLUMNS[task["kind"]])
+    columns = [*first, second] if task["kind"] == PAIRS else [first, second]
+    data = load_split(task["dataset"], split, columns)
+    if task["kind"] == PAIRS:
+        return pair_examples(data, tuple(first), second, tokenizer), []
+    labels = class_names(data, second)
+    make = sequence_examples if task["kind"] == SEQUENCE else token_examples
+    return make(data, first, second, labels, tokenizer), labels
+
+
+def new_model(recipe: dict[str, Any], labels: dict[str, list[str]]) -> tuple[MultiTaskModel, Any]:
+    """Returns a model whose encoder has the pretrained weights and whose heads are random, and the pretrained encoder."""
+    encoder = AutoModel.from_pretrained(recipe["model"]["encoder"], dtype=torch.float32)
+    specs = {
+        name: {"kind": task["kind"], "labels": labels[name], **task.get("head", {})}
+        for name, task in recipe["tasks"].items()
+        if task["kind"] != PAIRS
+    }
+    fields = {name: value for name, value in encoder.config.to_dict().items() if name not in ("tasks", "architectures")}
+    options = {name: recipe["model"][name] for name in ("pooling_mode", "embedding_dim") if name in recipe["model"]}
+    model = MultiTaskModel(MultiTaskConfig(**{**fields, **options, "tasks": specs}))
+    model.encoder.load_state_dict(encoder.state_dict())
+    return model, encoder.eval()
+
+
+@torch.inference_mode()
+def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, collate: Any, batch_size: int = 64) -> Tensor:
+    """Returns the encoder's pooled vectors, float [len(rows), H], in the order of `rows`."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    vectors = torch.empty(len(rows), encoder.config.hidden_size)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = collate([rows[i] for i in chosen])
+        hidden = encoder(**inputs).last_hidden_state
+        vectors[chosen] = pool(hidden, inputs["attention_mask"], pooling_mode)
+    return vectors
+
+
+def principal_components(vectors: Tensor, count: int) -> Tensor:
+    """Returns the first principal axes of unit-length `vectors`, float [count, H], rows orthonormal."""
+    _, _, axes = torch.linalg.svd(F.normalize(vectors, dim=-1), full_matrices=False)
+    return axes[:count].contiguous()
+
+
+class TaskBatches(Dataset):
+    """All batches of a run, each of one task and of texts of like length; the Trainer shuffles them.
+
+    Args:
+        tasks: For each task its kind, examples, batch size and number of epochs.
+        pad_token_id: Fills up shorter rows.
+        seed: Decides which examples share a batch.
+    """
+
+    def __init__(self, tasks: dict[str, dict[str, Any]], pad_token_id: int, seed: int) -> None:
+        self.tasks, self.pad_token_id = tasks, pad_token_id
+        shuffler = random.Random(seed)
+        self.batches = [
+            (name, rows) for name, task in tasks.items() for _ in range(task["epochs"]) for rows in _group(task, shuffler)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name, rows = self.batches[index]
+        kind, examples = self.tasks[name]["kind"], [self.tasks[name]["examples"][row] for row in rows]
+        targets = torch.stack([example["target"] for example in examples])
+        if kind == PAIRS:  # all first texts, then all second ones
+            ids = [example["input_ids"][side] for side in (0, 1) for example in examples]
+            targets = targets.transpose(0, 1).flatten(0, 1)
+        else:
+            ids = [example["input_ids"] for example in examples]
+        labels = [example["labels"] for example in examples]
+        return {
+            "task": name,
+            "labels": pad(labels, IGNORE_INDEX) if kind == TOKEN else torch.tensor(labels),
+            "target": targets,
+            **self.collate(ids),
+        }
+
+    def collate(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        """Returns padded `input_ids` and `attention_mask`, int [B, T]."""
+        return {"input_ids": pad(rows, self.pad_token_id), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Returns rows of different lengths as one int [B, T] tensor."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def _group(task: dict[str, Any], shuffler: random.Random) -> list[list[int]]:
+    """Splits a shuffled epoch into pools of fifty batches, and each pool by length, so that little is padded."""
+    examples, size = task["examples"], task["batch_size"]
+    length = lambda row: len(examples[row]["text"] if task["kind"] != PAIRS else "".join(examples[row]["text"]))  # noqa: E731
+    order = shuffler.sample(range(len(examples)), len(examples))
+    pools = [sorted(order[i : i + 50 * size], key=length) for i in range(0, len(order), 50 * size)]
+    return [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+
+
+class MultiTaskTrainer(Trainer):
+    """A Trainer whose every batch is of one task.
+
+    Args:
+        preserve_weight: Factor of the embedding-preserving loss, the mean cosine distance between a text's pooled
+            vector and the starting encoder's.
+        prefix_dims: Lengths of the embedding's prefixes that the pair loss trains too (Kusupati et al. 2022,
+            Matryoshka representation learning).
+    """
+
+    def __init__(self, *args: Any, preserve_weight: float, prefix_dims: list[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.preserve_weight, self.prefix_dims = preserve_weight, prefix_dims
+        self.cosent = CoSENTLoss(model=None)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        task, labels, target = inputs.pop("task"), inputs.pop("labels"), inputs.pop("target")
+        heads = [task] if task in model.config.tasks else []
+        out = model(**inputs, tasks=heads, labels=dict.fromkeys(heads, labels))
+        pooled = pool(out.last_hidden_state, inputs["attention_mask"], model.config.pooling_mode)
+        loss = out.loss if heads else self._pair_loss(pooled, out.sentence_embedding, labels)
+        drift = 1 - F.cosine_similarity(pooled, target).mean()
+        self._sums = getattr(self, "_sums", {})
+        for name, value in ((task, loss), ("drift", drift)):
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value.item(), count + 1)
+        loss = loss + self.preserve_weight * drift
+        return (loss, out) if return_outputs else loss
+
+    def _pair_loss(self, pooled: Tensor, embedding: Tensor, scores: Tensor) -> Tensor:
+        """CoSENT on the encoder's own vector, on the embedding and on its prefixes."""
+        views = [pooled, embedding, *(embedding[:, :dim] for dim in self.prefix_dims)]
+        losses = [self.cosent.compute_loss_from_embeddings(list(view.chunk(2)), scores) for view in views]
+        return torch.stack(losses).mean()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds each task's mean loss since the last report."""
+        means = {f"loss_{name}": total / count for name, (total, count) in getattr(self, "_sums", {}).items()}
+        self._sums = {}
+        super().log({**logs, **means}, *args, **kwargs)
+
+
+def load_tasks(recipe: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Returns the recipe's tasks with their training examples, and each task's label names."""
+    tasks, labels = {}, {}
+    for name, task in recipe["tasks"].items():
+        examples, labels[name] = load_examples(task, "train", tokenizer)
+        tasks[name] = {**task, "examples": examples}
+    return tasks, labels
+
+
+def add_targets(tasks: dict[str, Any], encoder: Any, pooling_mode: str, collate: Any) -> Tensor:
+    """Stores with every example the starting encoder's vector of its text; returns all vectors, float [N, H]."""
+    everything = []
+    for task in tasks.values():
+        sides = 2 if task["kind"] == PAIRS else 1
+        rows = [ids for x in task["examples"] for ids in (x["input_ids"] if sides == 2 else [x["input_ids"]])]
+        vectors = encode(encoder, rows, pooling_mode, collate)
+        for example, target in zip(task["examples"], vectors.view(-1, sides, vectors.shape[1]), strict=True):
+            example["target"] = target if sides == 2 else target[0]
+        everything.append(vectors)
+    return torch.cat(everything)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output folder")
+    args = parser.parse_args()
+    recipe = read_recipe(args.recipe)
+    options = recipe["training"]
+    set_seed(options["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(recipe["model"]["encoder"], model_max_length=recipe["model"]["max_length"])
+    tasks, labels = load_tasks(recipe, tokenizer)
+    model, encoder = new_model(recipe, labels)
+    batches = TaskBatches(tasks, tokenizer.pad_token_id, options["seed"])
+    vectors = add_targets(tasks, encoder, model.config.pooling_mode, batches.collate)
+    if model.linear is not None:
+        model.linear.weight.data.copy_(principal_components(vectors, model.config.embedding_dim))
+    if options["freeze_word_embeddings"]:
+        model.get_input_embeddings().weight.requires_grad_(False)
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output),
+            per_device_train_batch_size=1,  # one item of TaskBatches is a whole batch
+            num_train_epochs=1,  # a task's own epochs are in TaskBatches
+            learning_rate=options["learning_rate"],
+            weight_decay=options["weight_decay"],
+            warmup_steps=options["warmup_ratio"],
+            seed=options["seed"],
+            logging_steps=50,
+            save_steps=500,
+            save_total_limit=2,
+            remove_unused_columns=False,
+            report_to="none",
+        ),
+        train_dataset=batches,
+        data_collator=lambda items: items[0],
+        processing_class=tokenizer,
+        preserve_weight=options["preserve_weight"],
+        prefix_dims=recipe["model"].get("prefix_dims", []),
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.save_model(str(args.output / "final"))
+    Path(args.output, "final", "recipe.json").write_text(json.dumps(recipe, indent=2))
+
+
+if __name__ == "__main__":
+    main()
