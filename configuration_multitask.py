@@ -5,6 +5,7 @@ documented in `MultiTaskConfig`. Libraries that do not know this code therefore 
 """
 
 import copy
+import json
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -260,6 +261,11 @@ class MultiTaskConfig(PreTrainedConfig):
         fields["auto_map"] = dict(AUTO_MAP)
         fields["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
         return fields
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Returns the JSON text with the tasks in their order, which says what the default task of a kind is."""
+        fields = json.loads(super().to_json_string(use_diff))
+        return json.dumps({**fields, "tasks": self.tasks}, indent=2) + "\n"
 
 
 MultiTaskConfig.register_for_auto_class(AutoConfig.__name__)

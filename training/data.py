@@ -1,15 +1,40 @@
 """Training data: data sets from the Hub or from folders, turned into tokenized examples."""
 
+import tomllib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from configuration_multitask import SEQUENCE, TOKEN
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import word_starts
 
 Example = dict[str, Any]
+PAIRS = "scored_pairs"
+COLUMNS = {  # which recipe keys name the columns of a task kind
+    SEQUENCE: ("text_column", "label_column"),
+    TOKEN: ("tokens_column", "tags_column"),
+    PAIRS: ("text_columns", "score_column"),
+}
+
+
+def read_recipe(path: str | Path, data: Path | None = None) -> dict[str, Any]:
+    """Returns a recipe; with `data`, its data sets are the folders there that the recipe's `folder` keys name."""
+    recipe = tomllib.loads(Path(path).read_text("utf-8"))
+    for task in recipe["tasks"].values():
+        task["dataset"] = str(data / task["folder"]) if data else task["dataset"]
+    return recipe
+
+
+def load_task_split(task: dict[str, Any], split: str) -> Dataset:
+    """Returns one split of a recipe task's data set, see `load_split`."""
+    first, second = (task[name] for name in COLUMNS[task["kind"]])
+    return load_split(task["dataset"], split, [*first, second] if task["kind"] == PAIRS else [first, second])
 
 
 def load_split(name_or_path: str, split: str, columns: Iterable[str]) -> Dataset:
@@ -134,3 +159,14 @@ def pair_examples(
         {"input_ids": pair, "labels": float(score), "text": texts}
         for pair, score, texts in zip(zip(*ids), data[score_column], zip(first, second), strict=True)
     ]
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Returns rows of different lengths as one int [B, T] tensor."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def pad_batch(rows: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Returns tokenized texts as `input_ids` and `attention_mask`, int [B, T]."""
+    return {"input_ids": pad(rows, pad_token_id), "attention_mask": pad([[1] * len(row) for row in rows], 0)}

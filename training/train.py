@@ -7,7 +7,6 @@ the embedding that the starting encoder gave it. Needs Python 3.11.
 import argparse
 import json
 import random
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,25 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, Trai
 
 from configuration_multitask import SEQUENCE, TOKEN, MultiTaskConfig
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel, pool
-from training.data import Example, class_names, load_split, pair_examples, sequence_examples, token_examples
-
-PAIRS = "scored_pairs"
-_COLUMNS = {
-    SEQUENCE: ("text_column", "label_column"),
-    TOKEN: ("tokens_column", "tags_column"),
-    PAIRS: ("text_columns", "score_column"),
-}
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Returns a recipe, its data sets given relative to the recipe's own folder or as Hub ids."""
-    recipe = tomllib.loads(Path(path).read_text("utf-8"))
-    for task in recipe["tasks"].values():
-        local = Path(path).parent / task["dataset"]
-        task["dataset"] = str(local.resolve()) if local.exists() else task["dataset"]
-    return recipe
+from training.data import (
+    COLUMNS,
+    PAIRS,
+    Example,
+    class_names,
+    load_task_split,
+    pad,
+    pad_batch,
+    pair_examples,
+    read_recipe,
+    sequence_examples,
+    token_examples,
+)
 
 
 def load_examples(task: dict[str, Any], split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[str]]:
     """Returns one task's tokenized examples and its label names (none for scored pairs)."""
-    first, second = (task[name] for name in _COLUMNS[task["kind"]])
-    columns = [*first, second] if task["kind"] == PAIRS else [first, second]
-    data = load_split(task["dataset"], split, columns)
+    data = load_task_split(task, split)
+    first, second = (task[name] for name in COLUMNS[task["kind"]])
     if task["kind"] == PAIRS:
         return pair_examples(data, tuple(first), second, tokenizer), []
     labels = class_names(data, second)
@@ -67,13 +61,13 @@ def new_model(recipe: dict[str, Any], labels: dict[str, list[str]]) -> tuple[Mul
 
 
 @torch.inference_mode()
-def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, collate: Any, batch_size: int = 64) -> Tensor:
-    """Returns the encoder's pooled vectors, float [len(rows), H], in the order of `rows`."""
+def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id: int, batch_size: int = 64) -> Tensor:
+    """Returns the encoder's pooled vectors of tokenized texts, float [len(rows), H], in the order of `rows`."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     vectors = torch.empty(len(rows), encoder.config.hidden_size)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        inputs = collate([rows[i] for i in chosen])
+        inputs = pad_batch([rows[i] for i in chosen], pad_token_id)
         hidden = encoder(**inputs).last_hidden_state
         vectors[chosen] = pool(hidden, inputs["attention_mask"], pooling_mode)
     return vectors
@@ -118,18 +112,8 @@ class TaskBatches(Dataset):
             "task": name,
             "labels": pad(labels, IGNORE_INDEX) if kind == TOKEN else torch.tensor(labels),
             "target": targets,
-            **self.collate(ids),
+            **pad_batch(ids, self.pad_token_id),
         }
-
-    def collate(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        """Returns padded `input_ids` and `attention_mask`, int [B, T]."""
-        return {"input_ids": pad(rows, self.pad_token_id), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
-
-
-def pad(rows: list[list[int]], value: int) -> Tensor:
-    """Returns rows of different lengths as one int [B, T] tensor."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
 def _group(task: dict[str, Any], shuffler: random.Random) -> list[list[int]]:
@@ -192,13 +176,13 @@ def load_tasks(recipe: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tu
     return tasks, labels
 
 
-def add_targets(tasks: dict[str, Any], encoder: Any, pooling_mode: str, collate: Any) -> Tensor:
+def add_targets(tasks: dict[str, Any], encoder: Any, pooling_mode: str, pad_token_id: int) -> Tensor:
     """Stores with every example the starting encoder's vector of its text; returns all vectors, float [N, H]."""
     everything = []
     for task in tasks.values():
         sides = 2 if task["kind"] == PAIRS else 1
         rows = [ids for x in task["examples"] for ids in (x["input_ids"] if sides == 2 else [x["input_ids"]])]
-        vectors = encode(encoder, rows, pooling_mode, collate)
+        vectors = encode(encoder, rows, pooling_mode, pad_token_id)
         for example, target in zip(task["examples"], vectors.view(-1, sides, vectors.shape[1]), strict=True):
             example["target"] = target if sides == 2 else target[0]
         everything.append(vectors)
@@ -209,16 +193,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
+    parser.add_argument("--data", type=Path, help="folder with local copies of the data sets, under the recipe's `folder` names")
+    parser.add_argument("--encoder", help="folder or Hub id to start from instead of the recipe's")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output folder")
     args = parser.parse_args()
-    recipe = read_recipe(args.recipe)
+    recipe = read_recipe(args.recipe, args.data)
+    recipe["model"]["encoder"] = args.encoder or recipe["model"]["encoder"]
     options = recipe["training"]
     set_seed(options["seed"])
     tokenizer = AutoTokenizer.from_pretrained(recipe["model"]["encoder"], model_max_length=recipe["model"]["max_length"])
     tasks, labels = load_tasks(recipe, tokenizer)
     model, encoder = new_model(recipe, labels)
     batches = TaskBatches(tasks, tokenizer.pad_token_id, options["seed"])
-    vectors = add_targets(tasks, encoder, model.config.pooling_mode, batches.collate)
+    vectors = add_targets(tasks, encoder, model.config.pooling_mode, tokenizer.pad_token_id)
     if model.linear is not None:
         model.linear.weight.data.copy_(principal_components(vectors, model.config.embedding_dim))
     if options["freeze_word_embeddings"]:

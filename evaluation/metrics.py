@@ -1,0 +1,49 @@
+"""The metrics of each task kind, as their data sets' papers define them."""
+
+import numpy as np
+from scipy.stats import spearmanr
+from seqeval.metrics import f1_score as entity_f1_score
+from seqeval.metrics import precision_score as entity_precision_score
+from seqeval.metrics import recall_score as entity_recall_score
+from seqeval.scheme import IOB2
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+
+def classification_metrics(truth: list[str], predicted: list[str]) -> dict[str, float]:
+    """Returns `macro_recall`, `macro_f1` and `accuracy`, each in [0, 1], over the labels that occur in `truth`."""
+    labels = sorted(set(truth))
+    return {
+        "macro_recall": float(recall_score(truth, predicted, labels=labels, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(truth, predicted, labels=labels, average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(truth, predicted)),
+    }
+
+
+def entity_metrics(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Returns strict entity-level `f1`, `precision` and `recall` in [0, 1] from BIO tags per sentence."""
+    options = {"mode": "strict", "scheme": IOB2, "zero_division": 0}
+    return {
+        "f1": float(entity_f1_score(truth, predicted, **options)),
+        "precision": float(entity_precision_score(truth, predicted, **options)),
+        "recall": float(entity_recall_score(truth, predicted, **options)),
+    }
+
+
+def entities_to_tags(spans: list[tuple[int, int]], entities: list[dict]) -> list[str]:
+    """Returns the BIO tag of each data set token, given its character span and the entities found in the text.
+
+    A token belongs to an entity if its first character does; an entity that starts or ends inside a token is wrong in
+    the strict sense, and becomes wrong here too: what it covers differs from the token.
+    """
+    tags = ["O"] * len(spans)
+    for entity in entities:
+        inside = [i for i, (start, _) in enumerate(spans) if entity["start"] <= start < entity["end"]]
+        for i in inside:
+            tags[i] = ("B-" if i == inside[0] else "I-") + entity["entity_group"]
+    return tags
+
+
+def similarity_metrics(first: np.ndarray, second: np.ndarray, scores: list[float]) -> float:
+    """Returns Spearman's rank correlation in [-1, 1] of cosine similarities and gold scores; inputs float [N, E]."""
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(spearmanr((first * second).sum(axis=1) / norms.clip(min=1e-12), scores).statistic)
