@@ -40,8 +40,8 @@ def word_starts(text: str, offsets: Sequence[Span], word_ids: Sequence[int | Non
     """Returns each token's character span without surrounding spaces, and whether a new word starts there.
 
     A word ends where the tokenizer's does, and also around punctuation and symbols, so that "Paris." is two words
-    whichever tokenizer made the tokens. Special tokens start no word, nor do pieces of a single character, nor a
-    window that begins inside a word.
+    whichever tokenizer made the tokens. Combining marks belong to the character before them. Special tokens start no
+    word, nor do pieces of a single character, nor a window that begins inside a word.
     """
     spans: list[Span] = []
     starts: list[bool] = []
@@ -49,12 +49,15 @@ def word_starts(text: str, offsets: Sequence[Span], word_ids: Sequence[int | Non
     for (start, end), word in zip(offsets, word_ids, strict=True):
         while start < end and text[start].isspace():
             start += 1
+        while start < end < len(text) and unicodedata.combining(text[end]):  # marks that the tokenizer strips
+            end += 1
         spans.append((start, end))
-        if word is None or start >= end:
+        if word is None or start >= end or unicodedata.combining(text[start]):
             starts.append(False)
             continue
         joined = start > 0 and _joins_words(text[start - 1]) and _joins_words(text[start])
-        other_word = previous_word is not None and word != previous_word
+        after_mark = start > 0 and unicodedata.combining(text[start - 1])
+        other_word = previous_word is not None and word != previous_word and not after_mark
         starts.append((other_word or not joined) and start >= previous_end)
         previous_word, previous_end = word, max(end, previous_end)
     return spans, starts
@@ -88,16 +91,19 @@ class Window:
 def find_words(window: Window, text: str, encoding: Any, is_first: bool, is_last: bool) -> None:
     """Fills in the words of a window from its fast-tokenizer encoding."""
     spans, starts = word_starts(text, encoding.offsets, encoding.word_ids)
-    last = len(spans) - 1
+    last_tokens: list[int] = []
     for token, (span, is_start) in enumerate(zip(spans, starts, strict=True)):
         if is_start:
             window.words.append((token, span))
-            left = float("inf") if is_first else token
-            right = float("inf") if is_last else last - token
-            window.context.append(min(left, right))
+            last_tokens.append(token)
         elif window.words and encoding.word_ids[token] is not None and span[0] < span[1]:
             first, (start, end) = window.words[-1]
             window.words[-1] = (first, (start, max(end, span[1])))
+            last_tokens[-1] = token
+    for (first, _), last in zip(window.words, last_tokens, strict=True):
+        left = float("inf") if is_first else first
+        right = float("inf") if is_last else len(spans) - 1 - last
+        window.context.append(min(left, right))
 
 
 class BioScheme:

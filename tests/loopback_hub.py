@@ -15,11 +15,12 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 USER = {"type": "user", "id": "user", "name": "user", "fullname": "user", "orgs": [], "auth": {}}
@@ -98,7 +99,7 @@ class LoopbackHub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Connection, self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LoopbackHub":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -127,12 +128,14 @@ class _Connection(BaseHTTPRequestHandler):
         super().__init__(*args)  # serves the connection until it closes
 
     def _serve(self) -> None:
+        url = urlsplit(self.path)
+        self.query = parse_qs(url.query)
         self.reply_headers: dict[str, str] = {}
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         status = 200
         try:
             with self.hub.lock:  # one request at a time: none sees another half done
-                reply = self._route(f"{self.command} {urlsplit(self.path).path}")
+                reply = self._route(f"{self.command} {url.path}")
         except HubError as error:
             status, reply = error.status, error.body
             self.reply_headers["X-Error-Code"] = error.code
@@ -198,7 +201,7 @@ class _Connection(BaseHTTPRequestHandler):
         return {}
 
     def _tree(self, repo: Repo, rev: str, path: str) -> Any:
-        depth = None if "recursive=true" in self.path else 1
+        depth = None if self.query.get("recursive") == ["true"] else 1
         entries = repo.entries(rev)
         found = [entry for entry in entries if PurePosixPath(path) in PurePosixPath(entry["path"]).parents[:depth]]
         if path and not found:
@@ -243,6 +246,8 @@ class _Connection(BaseHTTPRequestHandler):
         return {}
 
     def _commit(self, repo: Repo, branch: str) -> Any:
+        if "create_pr" in self.query:
+            raise HubError(400, "The loopback hub has no pull requests.")
         if branch not in repo.branches:
             raise HubError(404, f"{repo.repo_id} has no branch {branch!r}.", "RevisionNotFound")
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
@@ -267,7 +272,7 @@ class _Connection(BaseHTTPRequestHandler):
             raise HubError(400, f"Cannot apply {key!r} to {path!r}: an unknown operation, file or LFS object.")
 
     _model, _rev = r"/api/models/(?P<repo>[^/]+/[^/]+)", r"(?P<rev>[^/]+)"  # the client quotes slashes in revisions
-    routes = (
+    routes: tuple[tuple[str, Callable[..., Any]], ...] = (
         (r"GET /api/whoami-v2", lambda self: USER),
         (r"POST /api/validate-yaml", lambda self: {"errors": [], "warnings": []}),
         (r"POST /api/repos/create", _create_repo),

@@ -1,0 +1,379 @@
+"""The model: pooling, heads, losses, and what users of transformers expect any model to do."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from configuration_multitask import POOLING_MODES
+from modeling_multitask import (
+    IGNORE_INDEX,
+    MultiTaskForSequenceClassification,
+    MultiTaskForTokenClassification,
+    MultiTaskModel,
+    pool,
+)
+from tests.conftest import ENCODERS, TASKS, tiny_config, tiny_model
+
+IDS = torch.tensor([[1, 20, 21, 22, 23, 24, 2], [1, 30, 31, 2, 0, 0, 0]])
+MASK = (IDS != 0).long()
+
+
+def run(model, ids=IDS, mask=MASK, **options):
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, **options)
+
+
+def assert_same_outputs(first, second, names=None, tolerance=0.0):
+    torch.testing.assert_close(first.sentence_embedding, second.sentence_embedding, atol=tolerance, rtol=0)
+    for name in names if names is not None else first.logits:
+        torch.testing.assert_close(first.logits[name], second.logits[name], atol=tolerance, rtol=0)
+
+
+# Pooling
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0], [0, 1, 1, 1]], ids=["padded right", "padded left"])
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("cls", [1, 10]),
+        ("lasttoken", [3, -6]),
+        ("mean", [2, 2]),
+        ("max", [3, 10]),
+        ("mean_sqrt_len_tokens", [6 / math.sqrt(3), 6 / math.sqrt(3)]),
+        ("weightedmean", [(1 + 2 * 2 + 3 * 3) / 6, (10 + 2 * 2 - 3 * 6) / 6]),
+    ],
+)
+def test_pooling_by_hand(mode, expected, mask):
+    tokens, padding = [[1.0, 10.0], [2.0, 2.0], [3.0, -6.0]], [[99.0, 99.0]]
+    hidden = torch.tensor([tokens + padding if mask[-1] == 0 else padding + tokens])
+    before = hidden.clone()
+    torch.testing.assert_close(pool(hidden, torch.tensor([mask]), mode), torch.tensor([expected], dtype=torch.float))
+    assert torch.equal(hidden, before), "pooling must not write into its input"
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    mode=st.sampled_from(POOLING_MODES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    left=st.booleans(),
+)
+def test_pooling_is_that_of_sentence_transformers(seed, lengths, mode, dtype, left):
+    hidden = torch.randn(len(lengths), max(lengths), 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    mask = mask.flip(1) if left else mask
+    reference = Pooling(6, pooling_mode=mode)({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+    ours = pool(hidden, mask, mode)
+    assert ours.dtype == dtype
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_a_row_without_tokens_pools_to_zero(mode):
+    mask = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    pooled = pool(torch.randn(2, 3, 4), mask, mode)
+    assert torch.equal(pooled[0], torch.zeros(4)) and pooled[1].abs().sum() > 0
+
+
+# Encoders and outputs
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_every_encoder_gives_all_outputs_in_one_pass(model_type):
+    model = tiny_model(model_type)
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    out = run(model)
+    assert len(calls) == 1
+    assert out.last_hidden_state.shape == (2, 7, 32)
+    assert out.sentence_embedding.shape == (2, 8)
+    torch.testing.assert_close(out.sentence_embedding.norm(dim=-1), torch.ones(2))
+    assert {name: tuple(x.shape) for name, x in out.logits.items()} == {
+        "sentiment": (2, 3), "topics": (2, 2), "rating": (2, 1), "ner": (2, 7, 5), "pos": (2, 7, 3),
+    }  # fmt: skip
+    assert out.loss is None and out.hidden_states is None and out.attentions is None
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_padding_and_company_in_the_batch_change_nothing(model_type, mode):
+    model = tiny_model(model_type, pooling_mode=mode)
+    together = run(model)
+    reordered = run(model, IDS.flip(0), MASK.flip(0))
+    wider = run(model, torch.cat([IDS, torch.zeros(2, 5, dtype=torch.long)], 1), torch.cat([MASK, torch.zeros(2, 5)], 1).long())
+    for row, length in ((0, 7), (1, 4)):
+        alone = run(model, IDS[row : row + 1, :length], MASK[row : row + 1, :length])
+        for out, i in ((together, row), (reordered, 1 - row), (wider, row)):
+            torch.testing.assert_close(alone.sentence_embedding[0], out.sentence_embedding[i], atol=2e-6, rtol=1e-5)
+            for name in TASKS:
+                a, b = alone.logits[name][0], out.logits[name][i]
+                torch.testing.assert_close(a, b[:length] if b.dim() == 2 else b, atol=2e-5, rtol=1e-4)
+
+
+def test_without_projection_the_embedding_is_the_pooled_vector():
+    model = tiny_model(embedding_dim=None)
+    out = run(model)
+    pooled = pool(out.last_hidden_state, MASK, "mean")
+    torch.testing.assert_close(out.sentence_embedding, pooled / pooled.norm(dim=-1, keepdim=True))
+
+
+def test_no_mask_means_that_every_position_is_a_token():
+    model = tiny_model()
+    assert_same_outputs(run(model, IDS[:1], None), run(model, IDS[:1], torch.ones(1, 7).long()))
+
+
+def test_only_the_requested_heads_are_computed():
+    model = tiny_model()
+    everything, some, none = run(model), run(model, tasks=["ner", "topics"]), run(model, tasks=[])
+    assert list(some.logits) == ["ner", "topics"] and none.logits == {}
+    assert_same_outputs(everything, some, ["ner", "topics"])
+    assert_same_outputs(everything, none, [])
+
+
+def test_layer_mix_starts_as_the_mean_of_all_layers():
+    model = tiny_model(tasks={"ner": TASKS["ner"]})
+    out = run(model, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+    head = model.heads["ner"]
+    expected = head.classifier(torch.stack(out.hidden_states).mean(0)) / TASKS["ner"]["temperature"]
+    torch.testing.assert_close(out.logits["ner"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hidden_layer_makes_the_head_an_mlp():
+    model = tiny_model()
+    head, pooled = model.heads["topics"], torch.randn(3, 32)
+    expected = head.classifier(torch.nn.functional.gelu(head.dense(pooled)))
+    torch.testing.assert_close(head(pooled), expected)
+
+
+def test_inputs_and_configuration_are_left_alone():
+    model = tiny_model()
+    ids, mask, config = IDS.clone(), MASK.clone(), copy.deepcopy(model.config.to_dict())
+    labels = {"ner": torch.zeros_like(IDS)}
+    model(ids, attention_mask=mask, labels=labels, output_hidden_states=True).loss.backward()
+    assert torch.equal(ids, IDS) and torch.equal(mask, MASK) and model.config.to_dict() == config
+    assert list(labels) == ["ner"]
+
+
+def test_a_tuple_comes_back_on_request():
+    out = run(tiny_model(), return_dict=False)
+    assert isinstance(out, tuple) and out[0].shape == (2, 7, 32)
+
+
+# Tasks and labels
+
+
+def test_added_and_removed_tasks_leave_all_other_outputs_bit_identical():
+    model = tiny_model()
+    before = run(model)
+    model.add_task("irony", {"kind": "sequence_classification", "labels": ["no", "yes"], "hidden_dim": 4})
+    with_irony = run(model)
+    assert_same_outputs(before, with_irony)
+    assert with_irony.logits["irony"].shape == (2, 2) and with_irony.logits["irony"].abs().sum() > 0
+    assert model.config.tasks["irony"]["labels"] == ["no", "yes"]
+    model.remove_task("irony")
+    model.remove_task("ner")
+    assert list(run(model).logits) == ["sentiment", "topics", "rating", "pos"] == list(model.config.tasks)
+    assert_same_outputs(before, run(model), ["sentiment", "topics", "rating", "pos"])
+
+
+def test_an_added_task_is_saved_and_loaded(tmp_path):
+    model = tiny_model()
+    model.add_task("irony", {"kind": "sequence_classification", "labels": ["no", "yes"]})
+    model.save_pretrained(tmp_path)
+    assert_same_outputs(run(model), run(MultiTaskModel.from_pretrained(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda m: m(IDS, tasks=["irony"]), r"tasks holds \['irony'\]; this model's tasks are: sentiment, topics"),
+        (lambda m: m(IDS, tasks=["ner"], labels={"pos": IDS}), r"labels are given for \['pos'\]; the tasks computed here are: ner"),
+        (lambda m: m(IDS, labels={"ner": IDS[:, :3]}), r"labels have shape \[2, 3\]; a token_classification head of 5 labels takes"),
+        (lambda m: m(IDS, labels={"topics": IDS[:, 0]}), r"labels have shape \[2\]; .* takes \[2, 2\]"),
+        (lambda m: m(torch.ones(1, 40).long()), "The input has 40 tokens; this encoder takes 32. Tokenize with truncation"),
+        (lambda m: m.add_task("ner", TASKS["ner"]), "tasks has 'ner' already"),
+        (lambda m: m.add_task("a.b", TASKS["ner"]), "task name 'a.b'"),
+        (lambda m: m.add_task("a", {"kind": "x", "labels": ["a"]}), "tasks.a.kind is 'x'"),
+        (lambda m: m.remove_task("irony"), r"tasks holds \['irony'\]; this model's tasks are: sentiment"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_what_is_known(action, message):
+    with pytest.raises(ValueError, match=message):
+        action(tiny_model())
+
+
+# Losses
+
+
+def test_losses_are_the_textbook_ones():
+    model = tiny_model()
+    out = run(model)
+    stars, topics = torch.tensor([3.0, 1.0]), torch.tensor([[1, 0], [0, IGNORE_INDEX]])
+    tags = torch.full_like(IDS, IGNORE_INDEX)
+    tags[0, 1:3] = torch.tensor([1, 2])
+    labels = {"sentiment": torch.tensor([2, IGNORE_INDEX]), "rating": stars, "topics": topics, "ner": tags}
+    losses = run(model, labels=labels).task_losses
+    torch.testing.assert_close(losses["sentiment"], -out.logits["sentiment"][0].log_softmax(-1)[2])
+    torch.testing.assert_close(losses["rating"], ((out.logits["rating"][:, 0] - stars) ** 2).mean())
+    odds = out.logits["topics"]
+    expected = -(odds[0, 0].sigmoid().log() + (-odds[0, 1]).sigmoid().log() + (-odds[1, 0]).sigmoid().log()) / 3
+    torch.testing.assert_close(losses["topics"], expected)
+    chosen = out.logits["ner"][0].log_softmax(-1)
+    torch.testing.assert_close(losses["ner"], -(chosen[1, 1] + chosen[2, 2]) / 2)
+
+
+def test_the_loss_is_the_weighted_sum_over_any_subset_of_tasks():
+    tasks = copy.deepcopy(TASKS)
+    tasks["sentiment"]["loss_weight"] = 0.25
+    model = tiny_model(tasks=tasks)
+    labels = {"sentiment": torch.tensor([0, 1]), "rating": torch.tensor([[1.0], [2.0]])}
+    out = run(model, labels=labels)
+    assert list(out.task_losses) == ["sentiment", "rating"]
+    torch.testing.assert_close(out.loss, 0.25 * out.task_losses["sentiment"] + out.task_losses["rating"])
+
+
+def test_unlabelled_tasks_and_all_ignored_batches_train_nothing_and_are_never_nan():
+    model = tiny_model()
+    labels = {
+        "sentiment": torch.tensor([0, 1]),
+        "rating": torch.full((2,), float(IGNORE_INDEX)),
+        "topics": torch.full((2, 2), IGNORE_INDEX),
+        "ner": torch.full_like(IDS, IGNORE_INDEX),
+    }
+    out = model(IDS, attention_mask=MASK, labels=labels)
+    assert {name: out.task_losses[name].item() for name in ("rating", "topics", "ner")} == {"rating": 0, "topics": 0, "ner": 0}
+    out.loss.backward()
+    for name in ("rating", "topics", "ner"):
+        assert all(x.grad is not None and torch.equal(x.grad, torch.zeros_like(x)) for x in model.heads[name].parameters())
+    assert all(x.grad is None for x in model.heads["pos"].parameters())
+    assert model.heads["sentiment"].classifier.weight.grad.abs().sum() > 0
+    assert all(x.grad is None or x.grad.isfinite().all() for x in model.parameters())
+
+
+# What any transformers model does
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_attention_implementation_reaches_the_encoder(model_type):
+    model = tiny_model(model_type, attn_implementation="eager")
+    assert model.encoder.config._attn_implementation == "eager"
+    out = run(model, output_attentions=True, output_hidden_states=True)
+    assert len(out.attentions) == 2 and out.attentions[0].shape == (2, 2, 7, 7)
+    assert len(out.hidden_states) == 3
+    fast = tiny_model(model_type, attn_implementation="sdpa")
+    assert fast.encoder.config._attn_implementation == "sdpa"
+    assert_same_outputs(out, run(fast), tolerance=1e-4)
+    fast.set_attn_implementation("eager")
+    assert fast.encoder.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_activation_checkpointing_gives_the_same_gradients(model_type):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(model_type, hidden_dropout_prob=0.0)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+            assert model.is_activation_checkpointing
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.train()
+        model(IDS, attention_mask=MASK, labels={"ner": IDS.clamp(max=4)}).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_in_its_dtype_and_stays_near(dtype):
+    model = tiny_model()
+    full = run(model)
+    half = run(model.to(dtype))
+    assert half.sentence_embedding.dtype == dtype and half.logits["ner"].dtype == dtype
+    similarity = torch.nn.functional.cosine_similarity(full.sentence_embedding, half.sentence_embedding.float())
+    assert similarity.min() > 0.99
+    loss = model(IDS, attention_mask=MASK, labels={"ner": IDS.clamp(max=4)}).loss
+    assert loss.isfinite()
+
+
+def test_a_checkpoint_loads_in_the_dtype_asked_for(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = MultiTaskModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {x.dtype for x in loaded.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_torch_compile_agrees(model_type):
+    model = tiny_model(model_type)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same_outputs(run(model), run(compiled), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta"])
+def test_peft_lora_finds_its_modules_by_itself(model_type):
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    model = tiny_model(model_type)
+    before = run(model)
+    adapted = get_peft_model(model, LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=2))
+    assert_same_outputs(before, run(adapted), tolerance=1e-6)
+    trained = [name for name, x in adapted.named_parameters() if x.requires_grad]
+    assert trained and all("lora_" in name and model.base_model_prefix in name for name in trained)
+    adapted.train()
+    adapted(IDS, attention_mask=MASK, labels={"ner": IDS.clamp(max=4)}).loss.backward()
+    assert any(x.grad.abs().sum() > 0 for x in adapted.parameters() if x.requires_grad)
+    assert isinstance(adapted.merge_and_unload(), MultiTaskModel)
+
+
+def test_the_base_model_is_the_encoder_and_embeddings_can_be_resized():
+    model = tiny_model()
+    assert model.base_model is model.encoder is model.bert
+    model.resize_token_embeddings(330)
+    assert model.get_input_embeddings().num_embeddings == 330 == model.encoder.config.vocab_size
+
+
+# Head views
+
+
+def test_a_view_answers_for_one_task_in_the_standard_way():
+    model = tiny_model()
+    view = MultiTaskForSequenceClassification(model.config, task="topics").eval()
+    view.load_state_dict(model.state_dict())
+    out = run(view, labels=torch.tensor([[1, 0], [0, 1]]))
+    full = run(model, labels={"topics": torch.tensor([[1, 0], [0, 1]])})
+    assert torch.equal(out.logits, full.logits["topics"]) and torch.equal(out.loss, full.loss)
+    assert view.config.id2label == {0: "sport", 1: "politics"} and view.config.label2id == {"sport": 0, "politics": 1}
+    assert view.config.problem_type == "multi_label_classification" and view.config.num_labels == 2
+    assert model.config.num_labels == 2 and model.config.problem_type is None, "the shared configuration is not touched"
+    assert "id2label" not in view.config.to_dict()
+
+
+@pytest.mark.parametrize("view_class", [MultiTaskForSequenceClassification, MultiTaskForTokenClassification])
+def test_a_view_cuts_what_the_encoder_cannot_take_and_says_so(view_class, caplog):
+    import modeling_multitask
+
+    modeling_multitask.logger.warning_once.cache_clear()
+    view = view_class(tiny_config()).eval()
+    ids = torch.randint(3, 320, (1, 50))
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        modeling_multitask.logger.addHandler(caplog.handler)
+        long, short = view(ids), view(ids[:, :32])
+        modeling_multitask.logger.removeHandler(caplog.handler)
+    assert torch.equal(long.logits, short.logits)
+    assert "A text of 50 tokens is cut to the first 32" in caplog.text
+
+
+def test_a_view_of_a_missing_kind_says_what_there_is():
+    config = tiny_config(tasks={"sentiment": TASKS["sentiment"]})
+    with pytest.raises(ValueError, match="no task of kind token_classification; it has: none"):
+        MultiTaskForTokenClassification(config)
