@@ -85,22 +85,29 @@ def _read_jsonl(stream: Iterable[str], column: str) -> Iterator[Row]:
             yield None, f"is no object with the field {column!r} (--text-column)"
 
 
-def _read_parquet(source: str, column: str) -> Iterator[Row]:
+def _open_parquet(source: str) -> Any:
     pyarrow = _pyarrow()
     try:
-        file = pyarrow.parquet.ParquetFile(sys.stdin.buffer if source == "-" else source)
-        if column not in file.schema_arrow.names:
-            raise InputError(f"--text-column {column}: the file has the columns {', '.join(file.schema_arrow.names)}.")
+        return pyarrow.parquet.ParquetFile(sys.stdin.buffer if source == "-" else source)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"--input {source} is no readable parquet file: {error}") from error
+
+
+def _read_parquet(source: str, column: str) -> Iterator[Row]:
+    file = _open_parquet(source)
+    if column not in file.schema_arrow.names:
+        raise InputError(f"--text-column {column}: the file has the columns {', '.join(file.schema_arrow.names)}.")
+    try:
         for batch in file.iter_batches(CHUNK_ROWS, columns=[column]):
             for value in batch.column(0):
                 yield value.as_py(), None
-    except pyarrow.ArrowException as error:
-        raise InputError(f"--input {source} is no readable parquet file: {error}") from error
+    except (_pyarrow().ArrowException, OSError) as error:
+        raise InputError(f"--input {source} breaks off: {error}") from error
 
 
 def count_rows(source: str, file_format: str) -> int | None:
     """Returns the number of rows where the file states it."""
-    return _pyarrow().parquet.ParquetFile(source).metadata.num_rows if file_format == "parquet" and source != "-" else None
+    return _open_parquet(source).metadata.num_rows if file_format == "parquet" and source != "-" else None
 
 
 def annotate(rows: Iterable[Row], run: Callable[[list[str]], list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -209,7 +216,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", metavar="TEXT")
     parser.add_argument("--input", help='a csv, jsonl, parquet or text file; "-" is standard input')
-    parser.add_argument("--input-format", choices=INPUT_FORMATS, help="default: by the file's ending; text if it says nothing")
+    parser.add_argument(
+        "--input-format", choices=INPUT_FORMATS, help="default: by the file's ending; text if it says nothing"
+    )
     parser.add_argument("--text-column", default="text", help="column or field that holds the text (default: text)")
     parser.add_argument("--output", type=Path, help="a .jsonl or .parquet file; default: standard output")
     parser.add_argument("--overwrite", action="store_true", help="replace an output file that exists")

@@ -382,7 +382,9 @@ def _read_weight_map(folder: str | Path | None, config: MultiTaskConfig, hub: di
     try:
         return check_weight_map(json.loads(Path(cached_file(folder, index_name, **hub)).read_text("utf-8")), index_name)
     except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
-        raise WeightsError(f"{index_name}, which config.json names in 'multitask_weights', is unreadable: {error}") from error
+        raise WeightsError(
+            f"{index_name}, which config.json names in 'multitask_weights', is unreadable: {error}"
+        ) from error
 
 
 def _unreadable(folder: str | Path, files: list[str], hub: dict[str, Any], error: Exception) -> str:

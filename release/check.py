@@ -21,7 +21,9 @@ def check(folder: str | Path) -> list[str]:
     """Returns one line for each thing that is wrong with a release folder; an empty list for a good one."""
     folder = Path(folder)
     problems = [f"{name}: missing" for name in _REQUIRED if not (folder / name).is_file()]
-    problems += [f"{path.relative_to(folder)}: may hold pickled code; releases carry safetensors only" for path in _pickles(folder)]
+    problems += [
+        f"{path.relative_to(folder)}: may hold pickled code; releases carry safetensors only" for path in _pickles(folder)
+    ]
     try:
         fields = _read(folder / "config.json")
         config = MultiTaskConfig(**fields)
@@ -83,7 +85,9 @@ def _check_sentence_transformers(folder: Path, config: MultiTaskConfig) -> list[
         return [f"sentence_bert_config.json, tokenizer_config.json: {error!r}"]
     problems = []
     if max_length != limit:
-        problems.append(f"sentence_bert_config.json: max_seq_length is {max_length}, the tokenizer's model_max_length {limit}")
+        problems.append(
+            f"sentence_bert_config.json: max_seq_length is {max_length}, the tokenizer's model_max_length {limit}"
+        )
     for path, expected in sentence_transformers_files(config, max_length).items():
         try:
             content = _read(folder / path)
@@ -111,12 +115,14 @@ def _check_weights(folder: Path, config: MultiTaskConfig) -> list[str]:
     for file in sorted({file for _, file in expected} | set(weight_map.values())):
         try:
             with safe_open(folder / file, framework="pt") as weights:
-                stored.update({(name, file): weights.get_slice(name).get_shape() for name in weights.keys()})
+                stored.update({(name, file): weights.get_slice(name).get_shape() for name in weights.keys()})  # noqa: SIM118 (no dict)
         except (OSError, SafetensorError) as error:
             problems.append(f"{file}: cannot be read: {error}")
     indexed = set(weight_map.items())
     problems += [f"{WEIGHTS_INDEX}: {name} should be in {file}" for name, file in sorted(set(expected) - indexed)]
-    problems += [f"{WEIGHTS_INDEX}: {name} in {file} belongs to no such model" for name, file in sorted(indexed - set(expected))]
+    problems += [
+        f"{WEIGHTS_INDEX}: {name} in {file} belongs to no such model" for name, file in sorted(indexed - set(expected))
+    ]
     problems += [f"{file}: {name} is missing" for name, file in sorted(set(expected) - set(stored))]
     problems += [f"{file}: {name} belongs to no such model" for name, file in sorted(set(stored) - set(expected))]
     problems += [

@@ -103,7 +103,9 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype = torc
         (output / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, output / file, metadata={"format": "pt"})
     index = {
-        "metadata": {"total_size": sum(x.numel() * x.element_size() for tensors in files.values() for x in tensors.values())},
+        "metadata": {
+            "total_size": sum(x.numel() * x.element_size() for tensors in files.values() for x in tensors.values())
+        },
         "weight_map": {name: file for file, tensors in sorted(files.items()) for name in sorted(tensors)},
     }
     documents = {WEIGHTS_INDEX: index, "config.json": release_config(model.config)}
@@ -112,7 +114,7 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype = torc
         (output / path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
     _save_tokenizer(tokenizer, output)
     for name in CODE_FILES:
-        if ROOT != output.resolve():
+        if output.resolve() != ROOT:
             shutil.copyfile(ROOT / name, output / name)
 
 

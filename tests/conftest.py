@@ -62,7 +62,8 @@ def tiny_config(model_type: str = "bert", **fields: Any) -> MultiTaskConfig:
         "eos_token_id": 2,
         "cls_token_id": 1,
         "sep_token_id": 2,
-        "max_position_embeddings": WINDOW + (1 if "roberta" in str(model_type) else 0),  # RoBERTa counts from padding_idx + 1
+        "max_position_embeddings": WINDOW
+        + (1 if "roberta" in str(model_type) else 0),  # RoBERTa counts from padding_idx + 1
         "embedding_dim": 8,
         "tasks": TASKS,
     }

@@ -11,7 +11,9 @@ from transformers import AutoConfig, BertConfig
 from configuration_multitask import KINDS, POOLING_MODES, PROBLEM_TYPES, MultiTaskConfig, TaskSpec
 from tests.conftest import ENCODERS, TASKS, tiny_config
 
-names = st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True).filter(lambda x: x not in ("keys", "items", "type", "pop", "train"))
+names = st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True).filter(
+    lambda x: x not in ("keys", "items", "type", "pop", "train")
+)
 label_lists = st.lists(st.text(min_size=1, max_size=8).filter(lambda x: x[:2] not in ("B-", "I-")), min_size=2, unique=True)
 numbers = st.floats(min_value=0.01, max_value=10, allow_nan=False)
 
@@ -19,7 +21,12 @@ numbers = st.floats(min_value=0.01, max_value=10, allow_nan=False)
 @st.composite
 def specs(draw: st.DrawFn) -> dict:
     labels = draw(label_lists)
-    spec = {"kind": draw(st.sampled_from(KINDS)), "labels": labels, "temperature": draw(numbers), "loss_weight": draw(numbers)}
+    spec = {
+        "kind": draw(st.sampled_from(KINDS)),
+        "labels": labels,
+        "temperature": draw(numbers),
+        "loss_weight": draw(numbers),
+    }
     spec |= draw(st.fixed_dictionaries({}, optional={"hidden_dim": st.integers(1, 64), "layer_mix": st.booleans()}))
     if spec["kind"] == KINDS[0]:
         spec["problem_type"] = draw(st.sampled_from(PROBLEM_TYPES))
@@ -114,7 +121,8 @@ def test_errors_name_field_value_and_what_is_allowed(fields, message):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
 )
 
 
@@ -140,7 +148,9 @@ def test_a_task_of_a_kind_is_picked_by_name_or_as_the_first():
     config = tiny_config()
     assert config.pick_task("sequence_classification", None) == "sentiment"
     assert config.pick_task("token_classification", "pos") == "pos"
-    with pytest.raises(ValueError, match=re.escape("no task named 'ner' of kind sequence_classification; it has: sentiment")):
+    with pytest.raises(
+        ValueError, match=re.escape("no task named 'ner' of kind sequence_classification; it has: sentiment")
+    ):
         config.pick_task("sequence_classification", "ner")
 
 

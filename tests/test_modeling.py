@@ -107,7 +107,9 @@ def test_padding_and_company_in_the_batch_change_nothing(model_type, mode):
     model = tiny_model(model_type, pooling_mode=mode)
     together = run(model)
     reordered = run(model, IDS.flip(0), MASK.flip(0))
-    wider = run(model, torch.cat([IDS, torch.zeros(2, 5, dtype=torch.long)], 1), torch.cat([MASK, torch.zeros(2, 5)], 1).long())
+    wider = run(
+        model, torch.cat([IDS, torch.zeros(2, 5, dtype=torch.long)], 1), torch.cat([MASK, torch.zeros(2, 5)], 1).long()
+    )
     for row, length in ((0, 7), (1, 4)):
         alone = run(model, IDS[row : row + 1, :length], MASK[row : row + 1, :length])
         for out, i in ((together, row), (reordered, 1 - row), (wider, row)):
@@ -195,8 +197,14 @@ def test_an_added_task_is_saved_and_loaded(tmp_path):
     ("action", "message"),
     [
         (lambda m: m(IDS, tasks=["irony"]), r"tasks holds \['irony'\]; this model's tasks are: sentiment, topics"),
-        (lambda m: m(IDS, tasks=["ner"], labels={"pos": IDS}), r"labels are given for \['pos'\]; the tasks computed here are: ner"),
-        (lambda m: m(IDS, labels={"ner": IDS[:, :3]}), r"labels have shape \[2, 3\]; a token_classification head of 5 labels takes"),
+        (
+            lambda m: m(IDS, tasks=["ner"], labels={"pos": IDS}),
+            r"labels are given for \['pos'\]; the tasks computed here are: ner",
+        ),
+        (
+            lambda m: m(IDS, labels={"ner": IDS[:, :3]}),
+            r"labels have shape \[2, 3\]; a token_classification head of 5 labels takes",
+        ),
         (lambda m: m(IDS, labels={"topics": IDS[:, 0]}), r"labels have shape \[2\]; .* takes \[2, 2\]"),
         (lambda m: m(torch.ones(1, 40).long()), "The input has 40 tokens; this encoder takes 32. Tokenize with truncation"),
         (lambda m: m.add_task("ner", TASKS["ner"]), "tasks has 'ner' already"),
@@ -249,7 +257,11 @@ def test_unlabelled_tasks_and_all_ignored_batches_train_nothing_and_are_never_na
         "ner": torch.full_like(IDS, IGNORE_INDEX),
     }
     out = model(IDS, attention_mask=MASK, labels=labels)
-    assert {name: out.task_losses[name].item() for name in ("rating", "topics", "ner")} == {"rating": 0, "topics": 0, "ner": 0}
+    assert {name: out.task_losses[name].item() for name in ("rating", "topics", "ner")} == {
+        "rating": 0,
+        "topics": 0,
+        "ner": 0,
+    }
     out.loss.backward()
     for name in ("rating", "topics", "ner"):
         assert all(x.grad is not None and torch.equal(x.grad, torch.zeros_like(x)) for x in model.heads[name].parameters())

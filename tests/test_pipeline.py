@@ -128,7 +128,9 @@ def test_a_record_holds_what_the_model_says(pipe):
     assert sentiment["score"] == pytest.approx(scores.max().item(), abs=1e-6) == max(sentiment["scores"].values())
     chances = out.logits["topics"][0].sigmoid().tolist()
     assert list(record["labels"]["topics"]["scores"].values()) == pytest.approx(chances, abs=1e-6)
-    present = [label for label, chance, limit in zip(["sport", "politics"], chances, [0.5, 0.4], strict=True) if chance >= limit]
+    present = [
+        label for label, chance, limit in zip(["sport", "politics"], chances, [0.5, 0.4], strict=True) if chance >= limit
+    ]
     assert record["labels"]["topics"]["labels"] == present
     assert record["labels"]["rating"] == {"values": {"stars": pytest.approx(out.logits["rating"].item(), abs=1e-5)}}
 
@@ -299,7 +301,9 @@ def test_the_pipeline_refuses_a_plain_encoder(release):
         MultiTaskPipeline(model=AutoModel.from_pretrained(release), tokenizer=tiny_tokenizer())
 
 
-@pytest.mark.parametrize(("model_type", "family"), [("roberta", "bytes"), ("xlm-roberta", "unigram"), ("modernbert", "bytes")])
+@pytest.mark.parametrize(
+    ("model_type", "family"), [("roberta", "bytes"), ("xlm-roberta", "unigram"), ("modernbert", "bytes")]
+)
 def test_other_encoders_and_tokenizers_work_too(model_type, family):
     from pipeline_multitask import MultiTaskPipeline
 

@@ -1,10 +1,10 @@
 """Training data: data sets from the Hub or from folders, turned into tokenized examples."""
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import tomllib
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor
@@ -144,8 +144,7 @@ def sequence_examples(
     check_labels(data[label_column], len(labels), f"column {label_column}")
     ids = tokenizer(list(data[text_column]), truncation=True)["input_ids"]
     return [
-        {"input_ids": x, "labels": y, "text": t}
-        for x, y, t in zip(ids, data[label_column], data[text_column], strict=True)
+        {"input_ids": x, "labels": y, "text": t} for x, y, t in zip(ids, data[label_column], data[text_column], strict=True)
     ]
 
 
@@ -157,7 +156,9 @@ def pair_examples(
     ids = [tokenizer(texts, truncation=True)["input_ids"] for texts in (first, second)]
     return [
         {"input_ids": pair, "labels": float(score), "text": texts}
-        for pair, score, texts in zip(zip(*ids), data[score_column], zip(first, second), strict=True)
+        for pair, score, texts in zip(
+            zip(*ids, strict=True), data[score_column], zip(first, second, strict=True), strict=True
+        )
     ]
 
 

@@ -193,7 +193,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
-    parser.add_argument("--data", type=Path, help="folder with local copies of the data sets, under the recipe's `folder` names")
+    parser.add_argument(
+        "--data", type=Path, help="folder with local copies of the data sets, under the recipe's `folder` names"
+    )
     parser.add_argument("--encoder", help="folder or Hub id to start from instead of the recipe's")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output folder")
     args = parser.parse_args()

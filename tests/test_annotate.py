@@ -1,0 +1,200 @@
+"""The command line: what it prints, reads and writes, and what a bad row or file does."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import annotate
+from tests.conftest import ROOT, TASKS, TEXTS
+
+PARIS = "Tim loves Paris."
+
+
+@pytest.fixture
+def run(release, capsys, monkeypatch):
+    """Runs `annotate.py` in this process on the tiny release; returns exit code, standard output and error."""
+
+    def call(*arguments, stdin: bytes | None = None):
+        monkeypatch.setattr(sys, "argv", ["annotate.py", "--model", str(release), "--device", "cpu", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            annotate.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, f"{err}{code if isinstance(code, str) else ''}"
+
+    return call
+
+
+def records(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_summary_for_people(run):
+    code, out, err = run(TEXTS[0], "so sad")
+    assert code == 0 and err == ""
+    assert "\033[" not in out, "colours only on a terminal"
+    for name in TASKS:
+        assert name in out
+    assert "8 numbers:" in out and out.count("sentiment") == 2
+
+
+def test_entities_are_shown_in_their_places_and_colours_only_where_asked():
+    entities = [
+        {"entity_group": "PER", "score": 0.987, "word": "Tim", "start": 0, "end": 3},
+        {"entity_group": "LOC", "score": 0.5, "word": "Paris", "start": 10, "end": 15},
+    ]
+    result = {"row": 0, "text": PARIS, "error": None, "entities": {"ner": entities}}
+    assert annotate.summary(result, colour=False) == "ner         [Tim PER 0.99] loves [Paris LOC 0.50]."
+    assert "\033[35m[Tim PER 0.99]\033[0m" in annotate.summary(result, colour=True)
+
+
+def test_json_lines_hold_what_the_pipeline_gives(run, pipe):
+    code, out, err = run(TEXTS[0], "", "--json")
+    found = records(out)
+    assert code == 0 and err == "" and [x["row"] for x in found] == [0, 1] and found[0]["text"] == TEXTS[0]
+    expected = pipe(TEXTS[0])
+    assert found[0]["sentence_embedding"] == pytest.approx(expected["sentence_embedding"].tolist(), abs=1e-5)
+    assert found[0]["labels"]["sentiment"]["label"] == expected["labels"]["sentiment"]["label"]
+    spans = [[(x["entity_group"], x["start"], x["end"]) for x in y["entities"]["ner"]] for y in (found[0], expected)]
+    assert spans[0] == spans[1]
+
+
+def test_tasks_and_embedding_can_be_left_out(run):
+    _, out, _ = run(PARIS, "--json", "--tasks", "ner", "--no-embedding", "--batch-tokens", "64")
+    assert set(records(out)[0]) == {"row", "text", "entities"}
+
+
+ROWS = ["Tim loves Paris.", "", "mau\u00f1ana, 😀 ok", 'quoted "text", with comma']
+
+
+def write_input(path, file_format):
+    if file_format == "parquet":
+        pq.write_table(pa.table({"id": range(len(ROWS)), "review": ROWS}), path)
+    elif file_format == "jsonl":
+        path.write_text("".join(json.dumps({"id": i, "review": x}) + "\n" for i, x in enumerate(ROWS)))
+    elif file_format == "csv":
+        quoted = ['"' + x.replace('"', '""') + '"' for x in ROWS]
+        path.write_text("id,review\n" + "".join(f"{i},{x}\r\n" for i, x in enumerate(quoted)), newline="")
+    else:
+        path.write_text("\n".join(ROWS) + "\n")
+
+
+@pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet", "txt"])
+@pytest.mark.parametrize("output", ["jsonl", "parquet"])
+def test_every_file_format_in_and_out_gives_the_same_rows(run, pipe, tmp_path, file_format, output):
+    write_input(tmp_path / f"in.{file_format}", file_format)
+    code, out, err = run(
+        "--input", tmp_path / f"in.{file_format}", "--text-column", "review", "--output", tmp_path / f"out.{output}"
+    )
+    assert (code == 0 and out == "" and "4/4" in err) or "4 texts" in err, err
+    if output == "jsonl":
+        found = records((tmp_path / "out.jsonl").read_text())
+    else:
+        found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [x["row"] for x in found] == [0, 1, 2, 3] and [x["text"] for x in found] == ROWS
+    for result, expected in zip(found, pipe(ROWS), strict=True):
+        assert result.get("error") is None
+        assert result["sentence_embedding"] == pytest.approx(expected["sentence_embedding"].tolist(), abs=1e-5)
+        assert result["labels"]["topics"]["labels"] == expected["labels"]["topics"]["labels"]
+        assert result["labels"]["rating"]["values"]["stars"] == pytest.approx(
+            expected["labels"]["rating"]["values"]["stars"], abs=1e-3
+        )
+        assert [x["word"] for x in result["entities"]["pos"]] == [x["word"] for x in expected["entities"]["pos"]]
+    assert sorted(x.name for x in tmp_path.iterdir()) == sorted([f"in.{file_format}", f"out.{output}"])
+
+
+def test_a_bad_row_keeps_its_place_and_its_reason_and_costs_no_other_row(run, tmp_path):
+    lines = [
+        '{"text": "one"}',
+        "not json",
+        '{"text": null}',
+        '{"other": 1}',
+        '{"text": "\\ud83d"}',
+        "[1]",
+        '{"text": "two"}',
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    for output in ("out.jsonl", "out.parquet"):
+        code, _, err = run("--input", tmp_path / "in.jsonl", "--output", tmp_path / output)
+        assert code == 0 and "5 rows could not be annotated" in err
+    found = records((tmp_path / "out.jsonl").read_text())
+    assert [x["row"] for x in found] == list(range(7))
+    assert [x.get("text") for x in found] == ["one", None, None, None, None, None, "two"]
+    reasons = ["row 1 is no JSON", "row 2 is None (NoneType), not a text", "row 3 is no object with the field 'text'",
+               "row 4 is no valid Unicode", "row 5 is no object"]  # fmt: skip
+    for result, reason in zip(found[1:6], reasons, strict=True):
+        assert result["error"].startswith(reason) and "labels" not in result
+    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [x["error"] for x in table] == [x.get("error") for x in found] and table[6]["labels"]["sentiment"]["label"]
+
+
+def test_bytes_that_are_no_utf8_cost_only_their_row(run, tmp_path):
+    (tmp_path / "in.csv").write_bytes(b"text\nfine\nbro\xffken\nfine too\n")
+    _, out, err = run("--input", tmp_path / "in.csv", "--no-embedding", "--tasks", "sentiment")
+    assert ["error" in x for x in records(out)] == [False, True, False] and "1 rows" in err
+
+
+def test_standard_input_is_read_as_text_lines_or_as_told(release):
+    command = [sys.executable, str(ROOT / "annotate.py"), "--model", str(release), "--input", "-", "--no-embedding"]
+    done = subprocess.run([*command, "--tasks", "ner"], input="one\ntwo é\n".encode(), capture_output=True, check=True)
+    assert [x["text"] for x in records(done.stdout.decode())] == ["one", "two é"] and done.stderr == b""
+    done = subprocess.run(
+        [*command, "--input-format", "jsonl"], input=b'{"text": "a\\nb"}\n', capture_output=True, check=True
+    )
+    assert [x["text"] for x in records(done.stdout.decode())] == ["a\nb"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either texts or --input"),
+        (["x", "--input", "y.csv"], "give either texts or --input"),
+        (["x", "--output", "out.csv"], "the name must end in .jsonl or .parquet"),
+        (["x", "--tasks", "irony"], r"tasks holds ['irony']; this model's tasks are: sentiment"),
+        (["--input", "no-such-file.csv"], "--input no-such-file.csv cannot be read"),
+        (["x", "--model", "/no/such/folder"], "--model /no/such/folder cannot be loaded"),
+        (["x", "--batch-tokens", "0"], "batch_tokens is 0"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert code not in (0, None) and message in err and "Traceback" not in err and out == ""
+
+
+def test_a_missing_column_lists_the_columns_there_are(run, tmp_path):
+    write_input(tmp_path / "in.csv", "csv")
+    write_input(tmp_path / "in.parquet", "parquet")
+    for name in ("in.csv", "in.parquet"):
+        code, _, err = run("--input", tmp_path / name, "--output", tmp_path / "out.jsonl")
+        assert code != 0 and "--text-column text: the file has the columns id, review" in err
+        assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_broken_parquet_file_is_named(run, tmp_path):
+    (tmp_path / "in.parquet").write_bytes(b"PAR1 no")
+    code, _, err = run("--input", tmp_path / "in.parquet")
+    assert code != 0 and "in.parquet" in err and "Traceback" not in err
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(run, tmp_path):
+    write_input(tmp_path / "in.txt", "txt")
+    (tmp_path / "out.jsonl").write_text("precious")
+    code, _, err = run("--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl")
+    assert code != 0 and "exists" in err and (tmp_path / "out.jsonl").read_text() == "precious"
+    code, _, _ = run("--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl", "--overwrite")
+    assert code == 0 and len(records((tmp_path / "out.jsonl").read_text())) == 4
+
+
+def test_six_significant_digits():
+    assert annotate.to_json({"a": 1 / 3, "b": [2e-9 / 3], "c": None}) == '{"a": 0.333333, "b": [6.66667e-10]}'
+    stream = io.StringIO()
+    annotate.write_jsonl([{"a": 1}, {"a": 2}], stream)
+    assert stream.getvalue() == '{"a": 1}\n{"a": 2}\n'

@@ -1,0 +1,213 @@
+"""Training data and the training loop: labels land where they should, and a model learns from every kind of task."""
+
+import json
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_multitask import IGNORE_INDEX, MultiTaskModel
+from tests.conftest import WINDOW, tiny_config, tiny_tokenizer
+from training import train
+from training.data import align_tags, class_names, load_split, pad_batch, sequence_examples, token_examples, token_spans
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+
+
+def aligned(family, tokens, tags):
+    """Returns the labelled words of joined tokens as (text of the first token, tag)."""
+    text = " ".join(tokens)
+    encoding = tiny_tokenizer(family)(text).encodings[0]
+    found = align_tags(text, encoding, token_spans(tokens), tags)
+    return [
+        (text[start:end].strip()[:1], tag)
+        for (start, end), tag in zip(encoding.offsets, found, strict=True)
+        if tag is not None
+    ]
+
+
+@pytest.mark.parametrize("family", ["wordpiece", "bytes", "unigram"])
+def test_each_word_gets_its_tag_once_and_subwords_get_none(family):
+    words = aligned(family, ["Tim", "Cook", "saw", "Rome", "."], ["B-PER", "I-PER", "O", "B-LOC", "O"])
+    assert words == [("T", "B-PER"), ("C", "I-PER"), ("s", "O"), ("R", "B-LOC"), (".", "O")]
+
+
+@pytest.mark.parametrize("family", ["wordpiece", "bytes", "unigram"])
+def test_a_token_of_several_words_begins_once_and_goes_on_inside(family):
+    words = aligned(family, ["in", "U.S.", "x-ray", "Paris"], ["O", "B-LOC", "O", "B-LOC"])
+    assert words == [
+        ("i", "O"), ("U", "B-LOC"), (".", "I-LOC"), ("S", "I-LOC"), (".", "I-LOC"),
+        ("x", "O"), ("-", "O"), ("r", "O"), ("P", "B-LOC"),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.text(alphabet="aB.-'é😀", min_size=1, max_size=4), min_size=1, max_size=6), st.data())
+def test_alignment_loses_no_token_and_invents_no_beginning(tokens, data):
+    tags = data.draw(st.lists(st.sampled_from(["O", "B-PER"]), min_size=len(tokens), max_size=len(tokens)))
+    for family in ("wordpiece", "bytes"):
+        words = [tag for _, tag in aligned(family, tokens, tags)]
+        assert words.count("B-PER") == tags.count("B-PER")
+        assert len(words) >= len(tokens)
+
+
+def test_token_examples_cut_at_the_window_and_ignore_special_tokens():
+    data = Dataset.from_dict({"tokens": [["Tim"] * 50], "tags": [[1] * 50]})
+    example = token_examples(data, "tokens", "tags", TAGS, tiny_tokenizer())[0]
+    assert len(example["input_ids"]) == len(example["labels"]) == WINDOW
+    assert example["labels"] == [IGNORE_INDEX, *[1] * (WINDOW - 2), IGNORE_INDEX]
+
+
+def test_padding_and_masks():
+    batch = pad_batch([[1, 5, 2], [1, 2]], pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[1, 5, 2], [1, 2, 0]] and batch["attention_mask"].tolist() == [
+        [1, 1, 1],
+        [1, 1, 0],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: token_examples(Dataset.from_dict({"x": [["a"], ["a", "b"]], "y": [[0], [0]]}), "x", "y", TAGS, tiny_tokenizer()),
+         "row 1: 2 x but 1 y"),
+        (lambda: token_examples(Dataset.from_dict({"x": [["a"]], "y": [[9]]}), "x", "y", TAGS, tiny_tokenizer()),
+         "row 0 of y, row 0: label 9 is outside 0 … 4"),
+        (lambda: sequence_examples(Dataset.from_dict({"x": ["a", "b"], "y": [0, -1]}), "x", "y", ["n", "p"], tiny_tokenizer()),
+         "column y, row 1: label -1 is outside 0 … 1"),
+        (lambda: class_names(Dataset.from_dict({"y": [0]}), "y"), "column 'y' declares no label names"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_named_by_row_and_field(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Four small data sets as parquet folders, which `load_dataset` reads like sets on the Hub."""
+    words = List(Value("string"))
+    sets = {
+        "mood": Dataset.from_dict(
+            {"text": ["love it", "so sad", "love", "sad"], "label": [1, 0, 1, 0]},
+            features=Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])}),
+        ),
+        "names": Dataset.from_dict(
+            {"tokens": [["Tim", "is", "in", "Rome"], ["Cook", "!"]] * 2, "tags": [[1, 0, 0, 3], [1, 0]] * 2},
+            features=Features({"tokens": words, "tags": List(ClassLabel(names=TAGS))}),
+        ),
+        "pairs": Dataset.from_dict(
+            {"a": ["love", "so sad", "Rome"], "b": ["love it", "Paris", "Rome"], "score": [0.8, 0.1, 1.0]}
+        ),
+    }
+    for name, data in sets.items():
+        (tmp_path / name).mkdir()
+        data.to_parquet(tmp_path / name / "train.parquet")
+    return tmp_path
+
+
+def test_splits_come_from_folders_and_problems_are_named(folders):
+    data = load_split(str(folders / "mood"), "train", ["text", "label"])
+    assert class_names(data, "label") == ["bad", "good"] and len(data) == 4
+    assert class_names(load_split(str(folders / "names"), "train", ["tags"]), "tags") == TAGS
+    with pytest.raises(ValueError, match=r"mood, split train: no column \['label2'\]; it has \['text', 'label'\]"):
+        load_split(str(folders / "mood"), "train", ["label2"])
+
+
+RECIPE = """
+[model]
+encoder = "{encoder}"
+pooling_mode = "mean"
+embedding_dim = 8
+prefix_dims = [4]
+max_length = 32
+
+[tasks.mood]
+kind = "sequence_classification"
+dataset = "{data}/mood"
+text_column = "text"
+label_column = "label"
+batch_size = 2
+epochs = {epochs}
+
+[tasks.ner]
+kind = "token_classification"
+dataset = "{data}/names"
+tokens_column = "tokens"
+tags_column = "tags"
+batch_size = 4
+epochs = {epochs}
+
+[tasks.similarity]
+kind = "scored_pairs"
+dataset = "{data}/pairs"
+text_columns = ["a", "b"]
+score_column = "score"
+batch_size = 3
+epochs = {epochs}
+
+[training]
+learning_rate = 5e-3
+weight_decay = 0.0
+warmup_ratio = 0.05
+preserve_weight = 0.1
+freeze_word_embeddings = true
+seed = 3
+"""
+
+
+@pytest.fixture
+def trained(folders, tmp_path, monkeypatch):
+    """Trains a tiny model on the small sets with the command that a user would type."""
+    torch.manual_seed(0)
+    config = tiny_config(tasks={}, embedding_dim=None)
+    from transformers import BertModel
+
+    BertModel(config.encoder_config).save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(encoder=tmp_path / "encoder", data=folders, epochs=60))
+    monkeypatch.setattr("sys.argv", ["train", str(recipe), "--output", str(tmp_path / "run")])
+    train.main()
+    return tmp_path
+
+
+def test_training_learns_every_task_and_leaves_frozen_embeddings_alone(trained):
+    from pipeline_multitask import MultiTaskPipeline
+
+    model = MultiTaskModel.from_pretrained(trained / "run/final")
+    start = MultiTaskModel.from_pretrained(trained / "encoder").encoder
+    assert torch.equal(model.get_input_embeddings().weight, start.get_input_embeddings().weight)
+    assert not torch.equal(model.encoder.encoder.layer[0].output.dense.weight, start.encoder.layer[0].output.dense.weight)
+    from transformers import AutoTokenizer
+
+    pipe = MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(trained / "run/final"), device="cpu")
+    assert [x["labels"]["mood"]["label"] for x in pipe(["love it", "so sad"])] == ["good", "bad"]
+    entities = pipe("Tim is in Rome")["entities"]["ner"]
+    assert [(x["word"], x["entity_group"]) for x in entities] == [("Tim", "PER"), ("Rome", "LOC")]
+    love, love_it, sad, paris = (pipe(x)["sentence_embedding"] for x in ("love", "love it", "so sad", "Paris"))
+    assert love @ love_it > sad @ paris
+    assert json.loads((trained / "run/final/recipe.json").read_text())["training"]["seed"] == 3
+    assert list(model.config.tasks) == ["mood", "ner"]
+
+
+def test_the_projection_starts_as_orthonormal_principal_axes():
+    vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1])
+    axes = train.principal_components(vectors, 3)
+    torch.testing.assert_close(axes @ axes.T, torch.eye(3), atol=1e-5, rtol=0)
+    assert axes[0].abs().argmax() == 0 and axes[1].abs().argmax() == 1
+
+
+def test_every_example_is_in_a_batch_once_per_epoch_and_no_batch_mixes_tasks():
+    examples = [
+        {"input_ids": [1] * (i % 7 + 1), "labels": i, "text": "x" * (i % 7), "target": torch.zeros(2)} for i in range(23)
+    ]
+    task = {"kind": "sequence_classification", "examples": examples, "batch_size": 4, "epochs": 2}
+    batches = train.TaskBatches({"a": task, "b": {**task, "epochs": 1}}, pad_token_id=0, seed=1)
+    for name, times in (("a", 2), ("b", 1)):
+        rows = [row for task_name, rows in batches.batches if task_name == name for row in rows]
+        assert sorted(rows) == sorted(list(range(23)) * times)
+    assert {batch["task"] for batch in (batches[i] for i in range(len(batches)))} == {"a", "b"}
+    again = train.TaskBatches({"a": task, "b": {**task, "epochs": 1}}, pad_token_id=0, seed=1)
+    assert again.batches == batches.batches
