@@ -14,11 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import pipeline
+from transformers import AutoModel, pipeline
 
 from configuration_multitask import SEQUENCE, TOKEN
-from evaluation.metrics import classification_metrics, entities_to_tags, entity_metrics, similarity_metrics
-from training.data import COLUMNS, class_names, load_task_split, read_recipe, token_spans
+from evaluation.metrics import (
+    classification_metrics,
+    entities_to_tags,
+    entity_metrics,
+    similarity_metrics,
+    token_spans,
+)
+from training.data import COLUMNS, class_names, load_task_split, read_recipe
 from training.train import encode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +111,7 @@ def main() -> None:
     tasks = evaluate(args.model, read_recipe(args.recipe, args.data), args.split)
     result = {
         "command": f"python -m evaluation.evaluate {args.model} --split {args.split}",
+        "parameters": sum(x.numel() for x in AutoModel.from_pretrained(args.model, trust_remote_code=True).parameters()),
         "tasks": tasks,
         "recipe": recipe,
         **surroundings(),

@@ -8,10 +8,13 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("tomllib", reason="training needs Python 3.11")
+
+from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from tests.conftest import WINDOW, tiny_config, tiny_tokenizer
 from training import train
-from training.data import align_tags, class_names, load_split, pad_batch, sequence_examples, token_examples, token_spans
+from training.data import align_tags, class_names, load_split, pad_batch, sequence_examples, token_examples
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from configuration_multitask import SEQUENCE, TOKEN
+from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import word_starts
 
@@ -101,15 +102,6 @@ def align_tags(text: str, encoding: Any, spans: list[tuple[int, int]], tags: lis
         else:
             aligned.append(tags[index])
     return aligned
-
-
-def token_spans(tokens: list[str]) -> list[tuple[int, int]]:
-    """Returns the character span of each token in `" ".join(tokens)`."""
-    spans, start = [], 0
-    for token in tokens:
-        spans.append((start, start + len(token)))
-        start += len(token) + 1
-    return spans
 
 
 def token_examples(

@@ -1,0 +1,229 @@
+"""The release layout and its lint, and this very repository: its weights, its quality, its answers."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer, pipeline
+
+from evaluation.metrics import classification_metrics, entities_to_tags, entity_metrics, similarity_metrics, token_spans
+from release.check import check
+from tests import golden
+from tests.conftest import ROOT, TASKS, TEXTS, tiny_model, write_release
+
+# The layout
+
+
+def test_each_weight_is_stored_once_under_the_name_its_readers_know(release):
+    model = tiny_model()
+    encoder = load_file(release / "model.safetensors")
+    assert set(encoder) == set(model.encoder.state_dict()), "unprefixed, as sentence-transformers would write it"
+    assert set(load_file(release / "2_Dense/model.safetensors")) == {"linear.weight"}
+    heads = load_file(release / "heads/model.safetensors")
+    assert {key.split(".")[1] for key in heads} == set(TASKS) and all(key.startswith("heads.") for key in heads)
+    index = json.loads((release / "multitask.safetensors.index.json").read_text())
+    assert len(index["weight_map"]) == len(encoder) + 1 + len(heads)
+    assert index["metadata"]["total_size"] == 4 * sum(x.numel() for x in model.state_dict().values())
+
+
+def test_sentence_transformers_files_have_the_forms_that_old_readers_know(release):
+    modules = json.loads((release / "modules.json").read_text())
+    assert [x["type"] for x in modules] == [
+        f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Dense", "Normalize")
+    ]
+    assert [x["path"] for x in modules] == ["", "1_Pooling", "2_Dense", "3_Normalize"]
+    dense = json.loads((release / "2_Dense/config.json").read_text())
+    assert dense == {
+        "in_features": 32,
+        "out_features": 8,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    pooling = json.loads((release / "1_Pooling/config.json").read_text())
+    assert pooling["word_embedding_dimension"] == 32
+    assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens"]
+    assert json.loads((release / "sentence_bert_config.json").read_text()) == {"max_seq_length": 32, "do_lower_case": False}
+
+
+def test_half_precision_weights_load_as_float32(release, tmp_path):
+    from release.export import export
+
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "checkpoint")
+    AutoTokenizer.from_pretrained(release).save_pretrained(tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "half")
+    stored = load_file(tmp_path / "half/model.safetensors")
+    assert {x.dtype for x in stored.values() if x.is_floating_point()} == {torch.float16}
+    loaded = AutoModel.from_pretrained(tmp_path / "half", trust_remote_code=True)
+    assert {x.dtype for x in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.linear.weight, model.linear.weight.half().float())
+
+
+# The lint
+
+
+def test_a_good_release_has_no_problems(release):
+    assert check(release) == []
+
+
+def edit(path: Path, **fields) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **fields}))
+
+
+DAMAGE = {
+    "a code file missing": (lambda r: (r / "modeling_multitask.py").unlink(), "modeling_multitask.py: missing"),
+    "a pickle": (lambda r: (r / "onnx").mkdir() or (r / "onnx/x.bin").touch(), "onnx/x.bin: may hold pickled code"),
+    "no configuration": (lambda r: (r / "config.json").unlink(), "config.json: cannot be read"),
+    "a bad field": (lambda r: edit(r / "config.json", pooling_mode="sum"), "config.json: pooling_mode is 'sum'"),
+    "another class": (lambda r: edit(r / "config.json", architectures=["MultiTaskModel"]), "config.json: architectures is"),
+    "a foreign auto_map": (
+        lambda r: edit(r / "config.json", auto_map={"AutoModel": "u/r--m.M"}),
+        "config.json: auto_map is",
+    ),
+    "labels twice": (lambda r: edit(r / "config.json", id2label={"0": "a"}), "config.json: id2label and label2id"),
+    "half dtype": (lambda r: edit(r / "config.json", dtype="float16"), "config.json: dtype is 'float16'"),
+    "a new label": (
+        lambda r: edit(r / "config.json", tasks={**TASKS, "pos": {**TASKS["pos"], "labels": ["A", "B"]}}),
+        "heads/model.safetensors: heads.pos.classifier.bias has shape [3], config.json asks for [2]",
+    ),
+    "new module names": (
+        lambda r: (r / "modules.json").write_text((r / "modules.json").read_text().replace(".models.Dense", ".base.Dense")),
+        "modules.json: holds",
+    ),
+    "another pooling": (
+        lambda r: edit(r / "1_Pooling/config.json", pooling_mode_cls_token=True),
+        "1_Pooling/config.json: holds",
+    ),
+    "an activation": (lambda r: edit(r / "2_Dense/config.json", activation_function="torch.nn.Tanh"), "2_Dense/config.json"),
+    "another length": (lambda r: edit(r / "sentence_bert_config.json", max_seq_length=9), "max_seq_length is 9"),
+    "no index": (lambda r: (r / "multitask.safetensors.index.json").unlink(), "cannot be read"),
+    "an index entry too few": (
+        lambda r: (r / "multitask.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": {"linear.weight": "2_Dense/model.safetensors"}})
+        ),
+        "multitask.safetensors.index.json: embeddings.LayerNorm.bias should be in model.safetensors",
+    ),
+    "an index that points outside": (
+        lambda r: edit(r / "multitask.safetensors.index.json", weight_map={"linear.weight": "../x.safetensors"}),
+        "'../x.safetensors'; allowed",
+    ),
+    "heads cut short": (lambda r: os.truncate(r / "heads/model.safetensors", 99), "heads/model.safetensors: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_lint_names_what_is_wrong(release, damage, tmp_path):
+    broken = Path(shutil.copytree(release, tmp_path / "broken"))
+    breaking, message = DAMAGE[damage]
+    breaking(broken)
+    problems = check(broken)
+    assert any(message in problem for problem in problems), problems
+
+
+def test_the_lint_accepts_other_shapes_of_model(tmp_path):
+    assert check(write_release(tmp_path / "a", "modernbert", embedding_dim=None, pooling_mode="cls")) == []
+    assert check(write_release(tmp_path / "b", "roberta", tasks={})) == []
+
+
+# This repository
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return pipeline("multitask", model=str(ROOT), trust_remote_code=True, device="cpu")
+
+
+def sample(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / f"tests/samples/{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_this_repository_is_a_good_release():
+    assert check(ROOT) == []
+
+
+def test_golden_answers(shipped):
+    expected = json.loads(golden.GOLDEN.read_text("utf-8"))
+    assert [x["text"] for x in expected] == golden.SENTENCES
+    for now, then in zip(golden.answers(), expected, strict=True):
+        assert now["sentence_embedding"] == pytest.approx(then["sentence_embedding"], abs=2e-4)
+        for name, scores in then["labels"].items():
+            assert now["labels"][name] == pytest.approx(scores, abs=2e-3)
+        for name, entities in then["entities"].items():
+            assert [x[:4] for x in now["entities"][name]] == [x[:4] for x in entities]
+            assert [x[4] for x in now["entities"][name]] == pytest.approx([x[4] for x in entities], abs=2e-3)
+
+
+def test_the_vector_is_the_same_through_sentence_transformers(shipped):
+    texts = [*golden.SENTENCES, *TEXTS]
+    vectors = SentenceTransformer(str(ROOT), device="cpu").encode(texts)
+    ours = np.stack([record["sentence_embedding"] for record in shipped(texts)])
+    assert vectors.shape == (len(texts), 256)
+    np.testing.assert_allclose(ours, vectors, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "metric", "floor"), [("sentiment", "macro_recall", 0.62), ("emotion", "macro_f1", 0.62)])
+def test_quality_of_text_labels_does_not_fall(shipped, name, metric, floor):
+    rows = sample(name)
+    records = shipped([row["text"] for row in rows], tasks=[name], embedding=False)
+    found = classification_metrics([row["label"] for row in rows], [record["labels"][name]["label"] for record in records])
+    assert len(rows) == 200 and found[metric] >= floor, found
+
+
+def test_quality_of_entities_does_not_fall(shipped):
+    rows = sample("ner")
+    records = shipped([" ".join(row["tokens"]) for row in rows], tasks=["ner"], embedding=False)
+    predicted = [
+        entities_to_tags(token_spans(row["tokens"]), record["entities"]["ner"])
+        for row, record in zip(rows, records, strict=True)
+    ]
+    found = entity_metrics([row["tags"] for row in rows], predicted)
+    assert len(rows) == 200 and found["f1"] >= 0.85, found
+
+
+def test_quality_of_embeddings_does_not_fall(shipped):
+    rows = sample("similarity")
+    first, second = (
+        np.stack([record["sentence_embedding"] for record in shipped([row[side] for row in rows], tasks=[])])
+        for side in ("sentence1", "sentence2")
+    )
+    scores = [row["score"] for row in rows]
+    assert len(rows) == 200
+    assert similarity_metrics(first, second, scores) >= 0.80
+    assert similarity_metrics(first[:, :64], second[:, :64], scores) >= 0.75, "a prefix is a good embedding too"
+
+
+def test_every_file_of_the_repository_deserves_its_place():
+    import subprocess
+
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    large = [path.name for path in files if path.exists() and path.stat().st_size > 1_000_000]
+    assert large == ["model.safetensors"]
+
+
+# Metrics
+
+
+def test_entities_become_tags_and_a_part_of_a_token_is_not_the_token():
+    spans = [(0, 3), (4, 8), (9, 18)]  # "Tim Cook New-Yorker"
+    whole = [{"start": 0, "end": 8, "entity_group": "PER"}]
+    assert entities_to_tags(spans, whole) == ["B-PER", "I-PER", "O"]
+    assert entities_to_tags(spans, [{"start": 13, "end": 18, "entity_group": "LOC"}]) == ["O", "O", "O"]
+
+
+def test_metrics_by_hand():
+    found = classification_metrics(["a", "a", "b"], ["a", "b", "b"])
+    assert found["macro_recall"] == pytest.approx(0.75) and found["accuracy"] == pytest.approx(2 / 3)
+    found = entity_metrics([["B-X", "I-X", "O", "B-Y"]], [["B-X", "I-X", "O", "O"]])
+    assert found == {"f1": pytest.approx(2 / 3), "precision": 1.0, "recall": 0.5}
+    vectors = np.array([[1.0, 0], [1, 0], [1, 0]]), np.array([[1.0, 0], [1, 1], [0, 1]])
+    assert similarity_metrics(*vectors, [5.0, 2.0, 1.0]) == pytest.approx(1.0)
