@@ -8,8 +8,6 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("tomllib", reason="training needs Python 3.11")
-
 from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from tests.conftest import WINDOW, tiny_config, tiny_tokenizer

@@ -1,10 +1,10 @@
 """Training data: data sets from the Hub or from folders, turned into tokenized examples."""
 
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import tomllib
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor

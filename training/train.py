@@ -1,7 +1,7 @@
 """Trains a multi-task sentence transformer: `python -m training.train training/recipes/release.toml --output runs/release`.
 
 Every step is one batch of one task; tasks share the encoder. Next to the tasks' own losses, every text is held near
-the embedding that the starting encoder gave it. Needs Python 3.11.
+the embedding that the starting encoder gave it.
 """
 
 import argparse
