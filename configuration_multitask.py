@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -28,9 +29,7 @@ AUTO_MAP = {
 }
 CUSTOM_PIPELINES = {"multitask": {"impl": "pipeline_multitask.MultiTaskPipeline", "pt": ["AutoModel"]}}
 
-# Attributes of torch.nn.ModuleDict, where the heads live, are no task names.
 _TASK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-_RESERVED_TASK_NAMES = {"keys", "values", "items", "pop", "clear", "update", "training", "forward", "train", "eval", "type"}
 
 
 def is_number(value: object) -> bool:
@@ -184,8 +183,8 @@ class MultiTaskConfig(PreTrainedConfig):
         self.model_type = model_type
         self.pooling_mode = pooling_mode
         self.embedding_dim = embedding_dim
-        self._check_embedding()
-        self.set_tasks({} if tasks is None else tasks)
+        self.tasks = {} if tasks is None else tasks
+        self.check()
         if multitask_weights is not None:
             if not isinstance(multitask_weights, str) or not multitask_weights.endswith(".safetensors.index.json"):
                 raise ValueError(
@@ -194,12 +193,18 @@ class MultiTaskConfig(PreTrainedConfig):
                 )
             self.transformers_weights = multitask_weights  # what PreTrainedModel.from_pretrained reads
 
-    def _check_embedding(self) -> None:
+    def check(self) -> None:
+        """Checks this class's own fields, which may have been set after construction.
+
+        Raises:
+            ValueError: One of them is not allowed; the message names it.
+        """
         if self.pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode is {self.pooling_mode!r}; allowed: {', '.join(POOLING_MODES)}.")
         dim = self.embedding_dim
         if dim is not None and (type(dim) is not int or dim < 1):
             raise ValueError(f"embedding_dim is {dim!r}; allowed: a positive integer, or null for no projection.")
+        self.set_tasks(self.tasks)
 
     def set_tasks(self, tasks: dict[str, dict[str, Any]]) -> None:
         """Replaces the tasks, after checking all names and fields.
@@ -210,10 +215,16 @@ class MultiTaskConfig(PreTrainedConfig):
         if not isinstance(tasks, dict):
             raise ValueError(f"tasks is {tasks!r}; it must be an object that maps task names to their fields.")
         for name in tasks:
-            if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or name in _RESERVED_TASK_NAMES:
+            # The heads live in a ModuleDict, whose attributes cannot name a head.
+            if (
+                not isinstance(name, str)
+                or not _TASK_NAME.fullmatch(name)
+                or hasattr(nn.ModuleDict, name)
+                or name == "training"
+            ):
                 raise ValueError(
                     f"tasks has the task name {name!r}; allowed: letters, digits, '_' and '-', starting with a letter, "
-                    f"and none of {', '.join(sorted(_RESERVED_TASK_NAMES))}."
+                    "and no name of a method of torch.nn.ModuleDict, such as 'items' or 'half'."
                 )
         self.tasks = {name: TaskSpec.from_dict(name, fields).to_dict() for name, fields in tasks.items()}
 

@@ -158,6 +158,7 @@ class MultiTaskModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: MultiTaskConfig) -> None:
+        config.check()  # `from_pretrained(..., field=value)` sets fields without checking them
         encoder_config = config.encoder_config  # read first: the base class resolves the attention implementation
         super().__init__(config)
         encoder = MODEL_MAPPING[type(encoder_config)](encoder_config)

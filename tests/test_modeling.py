@@ -169,6 +169,16 @@ def test_a_tuple_comes_back_on_request():
     assert isinstance(out, tuple) and out[0].shape == (2, 7, 32)
 
 
+def test_fields_set_while_loading_are_checked(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert MultiTaskModel.from_pretrained(tmp_path, pooling_mode="cls").config.pooling_mode == "cls"
+    with pytest.raises(ValueError, match="pooling_mode is 'sum'; allowed: cls"):
+        MultiTaskModel.from_pretrained(tmp_path, pooling_mode="sum")
+    with pytest.raises(ValueError, match="tasks is 3"):
+        MultiTaskModel.from_pretrained(tmp_path, tasks=3)
+
+
 # Tasks and labels
 
 

@@ -7,9 +7,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer, BertModel
 
 from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel
+from pipeline_multitask import MultiTaskPipeline
 from tests.conftest import WINDOW, tiny_config, tiny_tokenizer
 from training import train
 from training.data import align_tags, class_names, load_split, pad_batch, sequence_examples, token_examples
@@ -153,44 +155,46 @@ learning_rate = 5e-3
 weight_decay = 0.0
 warmup_ratio = 0.05
 preserve_weight = 0.1
-freeze_word_embeddings = true
+freeze = "{freeze}"
 seed = 3
 """
 
 
-@pytest.fixture
-def trained(folders, tmp_path, monkeypatch):
-    """Trains a tiny model on the small sets with the command that a user would type."""
+def train_tiny(folders, tmp_path, monkeypatch, freeze, epochs):
+    """Trains a tiny model on the small sets with the command that a user would type; returns it and its encoder's start."""
     torch.manual_seed(0)
-    config = tiny_config(tasks={}, embedding_dim=None)
-    from transformers import BertModel
-
-    BertModel(config.encoder_config).save_pretrained(tmp_path / "encoder")
+    BertModel(tiny_config(tasks={}, embedding_dim=None).encoder_config).save_pretrained(tmp_path / "encoder")
     tiny_tokenizer().save_pretrained(tmp_path / "encoder")
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(encoder=tmp_path / "encoder", data=folders, epochs=60))
+    recipe.write_text(RECIPE.format(encoder=tmp_path / "encoder", data=folders, epochs=epochs, freeze=freeze))
     monkeypatch.setattr("sys.argv", ["train", str(recipe), "--output", str(tmp_path / "run")])
     train.main()
-    return tmp_path
+    return MultiTaskModel.from_pretrained(tmp_path / "run/final"), BertModel.from_pretrained(tmp_path / "encoder")
 
 
-def test_training_learns_every_task_and_leaves_frozen_embeddings_alone(trained):
-    from pipeline_multitask import MultiTaskPipeline
-
-    model = MultiTaskModel.from_pretrained(trained / "run/final")
-    start = MultiTaskModel.from_pretrained(trained / "encoder").encoder
+def test_training_learns_every_task_and_leaves_frozen_embeddings_alone(folders, tmp_path, monkeypatch):
+    model, start = train_tiny(folders, tmp_path, monkeypatch, freeze="word_embeddings", epochs=60)
     assert torch.equal(model.get_input_embeddings().weight, start.get_input_embeddings().weight)
     assert not torch.equal(model.encoder.encoder.layer[0].output.dense.weight, start.encoder.layer[0].output.dense.weight)
-    from transformers import AutoTokenizer
-
-    pipe = MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(trained / "run/final"), device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/final")
+    pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device="cpu")
     assert [x["labels"]["mood"]["label"] for x in pipe(["love it", "so sad"])] == ["good", "bad"]
     entities = pipe("Tim is in Rome")["entities"]["ner"]
     assert [(x["word"], x["entity_group"]) for x in entities] == [("Tim", "PER"), ("Rome", "LOC")]
     love, love_it, sad, paris = (pipe(x)["sentence_embedding"] for x in ("love", "love it", "so sad", "Paris"))
     assert love @ love_it > sad @ paris
-    assert json.loads((trained / "run/final/recipe.json").read_text())["training"]["seed"] == 3
+    assert json.loads((tmp_path / "run/final/recipe.json").read_text())["training"]["seed"] == 3
     assert list(model.config.tasks) == ["mood", "ner"]
+
+
+def test_a_frozen_encoder_is_bit_identical_after_training(folders, tmp_path, monkeypatch):
+    model, start = train_tiny(folders, tmp_path, monkeypatch, freeze="encoder", epochs=2)
+    assert all(torch.equal(x, y) for x, y in zip(model.encoder.parameters(), start.parameters(), strict=True))
+
+
+def test_an_unknown_part_to_freeze_is_named(folders, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="training.freeze is 'all'; allowed: nothing, word_embeddings, encoder"):
+        train_tiny(folders, tmp_path, monkeypatch, freeze="all", epochs=1)
 
 
 def test_the_projection_starts_as_orthonormal_principal_axes():

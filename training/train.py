@@ -79,6 +79,19 @@ def principal_components(vectors: Tensor, count: int) -> Tensor:
     return axes[:count].contiguous()
 
 
+def freeze(model: MultiTaskModel, part: str) -> None:
+    """Excludes a part of the encoder from training: "nothing", "word_embeddings" or "encoder".
+
+    Raises:
+        ValueError: There is no such part.
+    """
+    parts = {"nothing": [], "word_embeddings": [model.get_input_embeddings()], "encoder": [model.encoder]}
+    if part not in parts:
+        raise ValueError(f"training.freeze is {part!r}; allowed: {', '.join(parts)}.")
+    for module in parts[part]:
+        module.requires_grad_(False)
+
+
 class TaskBatches(Dataset):
     """All batches of a run, each of one task and of texts of like length; the Trainer shuffles them.
 
@@ -210,8 +223,7 @@ def main() -> None:
     vectors = add_targets(tasks, encoder, model.config.pooling_mode, tokenizer.pad_token_id)
     if model.linear is not None:
         model.linear.weight.data.copy_(principal_components(vectors, model.config.embedding_dim))
-    if options["freeze_word_embeddings"]:
-        model.get_input_embeddings().weight.requires_grad_(False)
+    freeze(model, options["freeze"])
     trainer = MultiTaskTrainer(
         model=model,
         args=TrainingArguments(
