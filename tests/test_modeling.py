@@ -357,11 +357,14 @@ def test_peft_lora_finds_its_modules_by_itself(model_type):
     assert isinstance(adapted.merge_and_unload(), MultiTaskModel)
 
 
-def test_the_base_model_is_the_encoder_and_embeddings_can_be_resized():
+def test_the_base_model_is_the_encoder_and_embeddings_can_be_resized(tmp_path):
     model = tiny_model()
     assert model.base_model is model.encoder is model.bert
     model.resize_token_embeddings(330)
-    assert model.get_input_embeddings().num_embeddings == 330 == model.encoder.config.vocab_size
+    model.save_pretrained(tmp_path)
+    again = MultiTaskModel.from_pretrained(tmp_path)
+    assert again.get_input_embeddings().num_embeddings == 330 == again.encoder.config.vocab_size
+    assert_same_outputs(run(model), run(again))
 
 
 # Head views
