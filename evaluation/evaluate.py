@@ -21,6 +21,7 @@ from evaluation.metrics import (
     classification_metrics,
     entities_to_tags,
     entity_metrics,
+    neighbours_kept,
     similarity_metrics,
     token_spans,
 )
@@ -63,8 +64,26 @@ def evaluate_pairs(pipe: Any, task: dict[str, Any], data: Any, prefix_dims: list
     return {name: similarity_metrics(view[:half], view[half:], scores) for name, view in views.items()}
 
 
-def evaluate(model: str, recipe: dict[str, Any], split: str) -> dict[str, Any]:
-    """Returns, for each task of the recipe, its metrics and what it was measured on."""
+def evaluate_drift(pipe: Any, reference: str, texts: list[str]) -> dict[str, float]:
+    """Returns how near the embedding of `texts` still is to the starting encoder's.
+
+    `cosine_raw`: mean cosine similarity of the two encoders' pooled vectors; `neighbours_at_10`: share of each text's
+    ten nearest neighbours under the starting encoder that are so under the model's sentence embedding.
+    """
+    ids = pipe.tokenizer(texts, truncation=True)["input_ids"]
+    mode, pad = pipe.model.config.pooling_mode, pipe.tokenizer.pad_token_id
+    start, now = (
+        encode(encoder, ids, mode, pad) for encoder in (AutoModel.from_pretrained(reference).eval(), pipe.model.encoder)
+    )
+    embeddings = np.stack([record["sentence_embedding"] for record in pipe(texts, tasks=[])])
+    return {
+        "cosine_raw": float(torch.nn.functional.cosine_similarity(start, now).mean()),
+        "neighbours_at_10": neighbours_kept(start.numpy(), embeddings),
+    }
+
+
+def evaluate(model: str, recipe: dict[str, Any], split: str, reference: str | None) -> dict[str, Any]:
+    """Returns, for each task of the recipe, its metrics and what it was measured on; with `reference`, pairs get the drift."""
     pipe = pipeline("multitask", model=model, trust_remote_code=True)
     results = {}
     for name, task in recipe["tasks"].items():
@@ -75,6 +94,9 @@ def evaluate(model: str, recipe: dict[str, Any], split: str) -> dict[str, Any]:
             metrics = evaluate_token(pipe, name, task, data)
         else:
             metrics = evaluate_pairs(pipe, task, data, recipe["model"].get("prefix_dims", []))
+            if reference:
+                texts = sorted({text for column in task["text_columns"] for text in data[column]})
+                metrics["drift"] = evaluate_drift(pipe, reference, texts)
         results[name] = {"metrics": metrics, "split": split, "rows": len(data), "sha256": fingerprint(task, data)}
         print(name, json.dumps(metrics))
     return results
@@ -105,10 +127,11 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=ROOT / "training/recipes/release.toml", help="names tasks and data")
     parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--reference", help="the starting encoder, to measure how far the embedding has moved from it")
     parser.add_argument("--output", type=Path, help="where to write the results, for instance results/release.json")
     args = parser.parse_args()
     recipe = read_recipe(args.recipe)
-    tasks = evaluate(args.model, read_recipe(args.recipe, args.data), args.split)
+    tasks = evaluate(args.model, read_recipe(args.recipe, args.data), args.split, args.reference)
     result = {
         "command": f"python -m evaluation.evaluate {args.model} --split {args.split}",
         "parameters": sum(x.numel() for x in AutoModel.from_pretrained(args.model, trust_remote_code=True).parameters()),

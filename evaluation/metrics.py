@@ -56,3 +56,22 @@ def similarity_metrics(first: np.ndarray, second: np.ndarray, scores: list[float
     """Returns Spearman's rank correlation in [-1, 1] of cosine similarities and gold scores; inputs float [N, E]."""
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return float(spearmanr((first * second).sum(axis=1) / norms.clip(min=1e-12), scores).statistic)
+
+
+def neighbours_kept(before: np.ndarray, after: np.ndarray, count: int = 10) -> float:
+    """Returns which share, in [0, 1], of each text's nearest neighbours before is among its nearest after, on average.
+
+    Args:
+        before: float [N, E], one embedding per text.
+        after: float [N, F], another one of the same texts.
+        count: How many neighbours by cosine similarity to compare, the text itself left out; less than N.
+    """
+    nearest = [_nearest(vectors, count) for vectors in (before, after)]
+    return float(np.mean([len(set(a) & set(b)) / count for a, b in zip(*nearest, strict=True)]))
+
+
+def _nearest(vectors: np.ndarray, count: int) -> np.ndarray:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+    similarity = unit @ unit.T  # [N, N]
+    np.fill_diagonal(similarity, -np.inf)
+    return np.argpartition(-similarity, count, axis=1)[:, :count]

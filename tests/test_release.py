@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from evaluation.metrics import classification_metrics, entities_to_tags, entity_metrics, similarity_metrics, token_spans
+from evaluation.metrics import (
+    classification_metrics,
+    entities_to_tags,
+    entity_metrics,
+    neighbours_kept,
+    similarity_metrics,
+    token_spans,
+)
 from release.check import check
 from tests import golden
 from tests.conftest import ROOT, TASKS, TEXTS, tiny_model, write_release
@@ -227,3 +234,11 @@ def test_metrics_by_hand():
     assert found == {"f1": pytest.approx(2 / 3), "precision": 1.0, "recall": 0.5}
     vectors = np.array([[1.0, 0], [1, 0], [1, 0]]), np.array([[1.0, 0], [1, 1], [0, 1]])
     assert similarity_metrics(*vectors, [5.0, 2.0, 1.0]) == pytest.approx(1.0)
+
+
+def test_neighbours_kept_by_hand():
+    angles = np.radians([0, 10, 30, 180, 190])
+    before = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert neighbours_kept(before, before @ np.array([[0, 1], [-1, 0]]), count=1) == 1.0  # a rotation moves no neighbour
+    after = before[[0, 1, 3, 2, 4]]
+    assert neighbours_kept(before, after, count=1) == pytest.approx(2 / 5)  # texts 0 and 1 keep each other
