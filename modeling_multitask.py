@@ -245,20 +245,19 @@ class MultiTaskModel(PreTrainedModel):
         pooled = pool(hidden, mask, self.config.pooling_mode)  # [B, H]
         logits = {name: self._logits(self.heads[name], hidden, pooled, mask, encoded.hidden_states) for name in names}
         task_losses = {name: task_loss(self.heads[name].spec, logits[name], y) for name, y in (labels or {}).items()}
+        weighted = [self.heads[name].spec.loss_weight * loss for name, loss in task_losses.items()]
         return MultiTaskOutput(
             last_hidden_state=hidden,
             sentence_embedding=F.normalize(pooled if self.linear is None else self.linear(pooled), dim=-1),
             logits=logits,
-            loss=sum(self.heads[name].spec.loss_weight * loss for name, loss in task_losses.items())
-            if task_losses
-            else None,
+            loss=sum(weighted) if weighted else None,
             task_losses=task_losses or None,
             hidden_states=encoded.hidden_states if output_hidden_states else None,
             attentions=encoded.attentions,
         )
 
     def _requested(self, tasks: Iterable[str] | None, labels: dict[str, Tensor] | None) -> list[str]:
-        names = list(self.heads) if tasks is None else list(tasks)
+        names = list(self.heads) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
         if unknown := [name for name in names if name not in self.heads]:
             raise ValueError(f"tasks holds {unknown}; this model's tasks are: {', '.join(self.heads) or 'none'}.")
         if unused := [name for name in labels or {} if name not in names]:
@@ -266,8 +265,9 @@ class MultiTaskModel(PreTrainedModel):
         return names
 
     def _check_length(self, inputs: dict[str, Tensor]) -> None:
-        length = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[1]
-        limit = self.max_length
+        if "input_ids" not in inputs and "inputs_embeds" not in inputs:
+            raise ValueError("Neither input_ids nor inputs_embeds is given; the encoder needs one of them.")
+        length, limit = inputs.get("input_ids", inputs.get("inputs_embeds")).shape[1], self.max_length
         if not torch.compiler.is_compiling() and limit is not None and length > limit:
             raise ValueError(
                 f"The input has {length} tokens; this encoder takes {limit}. Tokenize with truncation=True, or use "

@@ -1,6 +1,6 @@
-"""Writes the measured results into the model card: `python -m release.card` renders results/ into README.md.
+"""Writes measured results into the documents: `python -m release.card` renders results/ into README.md and discussion.md.
 
-The metadata at the top and the table between the markers are rendered whole, so running it again changes nothing.
+The card's metadata and the tables between markers are rendered whole, so running it again changes nothing.
 """
 
 import json
@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "multitask-minilm"
-_TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 _METADATA = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
@@ -65,17 +64,42 @@ def table(results: dict[str, Any], described: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render(card: str) -> str:
-    """Returns the card with its metadata and results table made anew from results/."""
+def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
+    """Returns a Markdown table of the same measures for several runs, given by their column titles."""
+    lines = ["| measure | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    for name, task in described.items():
+        for metric in task["metrics"]:
+            values = [f"{run['tasks'][name]['metrics'][metric['key']]:.3f}" for run in runs.values()]
+            lines.append(f"| {task['dataset_name']}, {metric['name']} | " + " | ".join(values) + " |")
+    for key, title in (("cosine_raw", "mean cosine to the starting encoder"), ("neighbours_at_10", "neighbours kept at 10")):
+        values = [f"{run['tasks']['similarity']['metrics']['drift'][key]:.3f}" for run in runs.values()]
+        lines.append(f"| {title} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """Returns `text` with what stands between the comments `<!-- marker -->` and `<!-- /marker -->` replaced."""
+    pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + content + match[2], text)
+
+
+def render_card(card: str) -> str:
+    """Returns README.md with its metadata and results table made anew."""
     results, described = read("release"), read("tasks")
-    body = _TABLE.sub(lambda match: match[1] + table(results, described) + match[2], _METADATA.sub("", card))
-    return metadata(results, described) + body
+    return metadata(results, described) + fill(_METADATA.sub("", card), "results", table(results, described))
+
+
+def render_discussion(text: str) -> str:
+    """Returns discussion.md with its tables made anew."""
+    runs = {"frozen encoder": read("frozen_encoder"), "trained encoder": read("release")}
+    return fill(text, "comparison", comparison(runs, read("tasks")))
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text("utf-8")), "utf-8")
-    print("README.md holds the results of results/release.json")
+    for name, render in (("README.md", render_card), ("discussion.md", render_discussion)):
+        path = ROOT / name
+        path.write_text(render(path.read_text("utf-8")), "utf-8")
+        print(f"{name} holds the numbers of results/")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ def test_the_example_at_the_top_is_what_the_command_prints():
     assert run([sys.executable, *shlex.split(command.removeprefix("$ "))[1:]]) == output
 
 
-def test_the_card_is_what_the_results_render_to():
-    assert card.render(README) == README
+def test_the_documents_are_what_the_results_render_to():
+    assert card.render_card(README) == README
+    assert card.render_discussion(DOCUMENTS["discussion.md"]) == DOCUMENTS["discussion.md"]
 
 
 def test_the_metadata_is_complete():

@@ -137,6 +137,8 @@ def test_only_the_requested_heads_are_computed():
     assert list(some.logits) == ["ner", "topics"] and none.logits == {}
     assert_same_outputs(everything, some, ["ner", "topics"])
     assert_same_outputs(everything, none, [])
+    assert list(run(model, tasks="ner").logits) == ["ner"]
+    assert_same_outputs(everything, run(model, None, inputs_embeds=model.get_input_embeddings()(IDS)))
 
 
 def test_layer_mix_starts_as_the_mean_of_all_layers():
@@ -217,6 +219,7 @@ def test_an_added_task_is_saved_and_loaded(tmp_path):
         ),
         (lambda m: m(IDS, labels={"topics": IDS[:, 0]}), r"labels have shape \[2\]; .* takes \[2, 2\]"),
         (lambda m: m(torch.ones(1, 40).long()), "The input has 40 tokens; this encoder takes 32. Tokenize with truncation"),
+        (lambda m: m(attention_mask=MASK), "Neither input_ids nor inputs_embeds is given"),
         (lambda m: m.add_task("ner", TASKS["ner"]), "tasks has 'ner' already"),
         (lambda m: m.add_task("a.b", TASKS["ner"]), "task name 'a.b'"),
         (lambda m: m.add_task("a", {"kind": "x", "labels": ["a"]}), "tasks.a.kind is 'x'"),
