@@ -74,6 +74,8 @@ def _read_csv(stream: Iterable[str], column: str) -> Iterator[Row]:
 
 def _read_jsonl(stream: Iterable[str], column: str) -> Iterator[Row]:
     for line in stream:
+        if not line.strip():
+            continue  # as every reader of JSON lines does
         try:
             fields = json.loads(line)
         except ValueError as error:
@@ -223,7 +225,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a .jsonl or .parquet file; default: standard output")
     parser.add_argument("--overwrite", action="store_true", help="replace an output file that exists")
     parser.add_argument("--json", action="store_true", help="print one JSON record per line")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="the tasks to compute; default: all")
+    parser.add_argument(
+        "--tasks", type=lambda names: names.split(","), help="tasks to compute, separated by commas; default: all"
+    )
     parser.add_argument("--no-embedding", action="store_true", help="leave out the sentence embedding")
     parser.add_argument("--model", default=str(Path(__file__).parent), help="folder or Hub id; default: this repository")
     parser.add_argument("--revision", help="commit, tag or branch of a model on the Hub")
@@ -303,11 +307,11 @@ def main() -> None:
     args = parse_args()
     try:
         failed = run(args)
-    except (InputError, ValueError) as error:
-        sys.exit(f"annotate.py: {error}")
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (InputError, ValueError, OSError) as error:
+        sys.exit(f"annotate.py: {error}")
     if failed:
         print(f"annotate.py: {failed} rows could not be annotated; see their 'error' fields.", file=sys.stderr)
 

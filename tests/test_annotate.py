@@ -70,6 +70,8 @@ def test_json_lines_hold_what_the_pipeline_gives(run, pipe):
 def test_tasks_and_embedding_can_be_left_out(run):
     _, out, _ = run(PARIS, "--json", "--tasks", "ner", "--no-embedding", "--batch-tokens", "64")
     assert set(records(out)[0]) == {"row", "text", "entities"}
+    _, out, _ = run("--tasks", "ner,rating", PARIS, "--json")
+    assert set(records(out)[0]) == {"row", "text", "entities", "labels", "sentence_embedding"}
 
 
 ROWS = ["Tim loves Paris.", "", "mau\u00f1ana, 😀 ok", 'quoted "text", with comma']
