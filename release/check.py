@@ -14,7 +14,7 @@ from modeling_multitask import MultiTaskModel, WeightsError, check_weight_map
 from release.export import CODE_FILES, release_key, sentence_transformers_files
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5"}
-_REQUIRED = ("README.md", "tokenizer.json", "tokenizer_config.json", *CODE_FILES)
+_REQUIRED = ("tokenizer.json", "tokenizer_config.json", *CODE_FILES)
 
 
 def check(folder: str | Path) -> list[str]:

@@ -102,6 +102,7 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype = torc
     for file, tensors in files.items():
         (output / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, output / file, metadata={"format": "pt"})
+        (output / file).chmod(0o644)  # safetensors writes for the owner alone
     index = {
         "metadata": {
             "total_size": sum(x.numel() * x.element_size() for tensors in files.values() for x in tensors.values())

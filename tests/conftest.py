@@ -4,7 +4,6 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in this suite may reach out
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,6 @@ def write_release(folder: Path, model_type: str = "bert", **fields: Any) -> Path
     tiny_model(model_type, **fields).save_pretrained(checkpoint)
     tiny_tokenizer(families.get(model_type, "bytes")).save_pretrained(checkpoint)
     export(checkpoint, release, dtype=torch.float32)
-    (release / "README.md").write_text("A tiny model for tests.\n")
     return release
 
 
@@ -128,10 +126,3 @@ def pipe(release: Path) -> Any:
     from transformers import pipeline
 
     return pipeline("multitask", model=str(release), trust_remote_code=True, device="cpu")
-
-
-@pytest.fixture
-def clean_environment() -> dict[str, str]:
-    """Environment for a fresh Python process that finds this repository's tests only by their full path."""
-    keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONWARNINGS")}
-    return {**keep, "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}

@@ -152,6 +152,7 @@ epochs = {epochs}
 
 [training]
 learning_rate = 5e-3
+head_learning_rate = 2e-2
 weight_decay = 0.0
 warmup_ratio = 0.05
 preserve_weight = 0.1

@@ -92,6 +92,22 @@ def freeze(model: MultiTaskModel, part: str) -> None:
         module.requires_grad_(False)
 
 
+def new_optimizer(model: MultiTaskModel, options: dict[str, Any]) -> torch.optim.AdamW:
+    """Returns AdamW whose heads learn faster than what is pretrained; vectors (biases, norms) do not decay."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("heads."), parameter.dim() > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        {
+            "params": parameters,
+            "lr": options["head_learning_rate"] if in_head else options["learning_rate"],
+            "weight_decay": options["weight_decay"] if decays else 0.0,
+        }
+        for (in_head, decays), parameters in groups.items()
+    )
+
+
 class TaskBatches(Dataset):
     """All batches of a run, each of one task and of texts of like length; the Trainer shuffles them.
 
@@ -230,8 +246,6 @@ def main() -> None:
             output_dir=str(args.output),
             per_device_train_batch_size=1,  # one item of TaskBatches is a whole batch
             num_train_epochs=1,  # a task's own epochs are in TaskBatches
-            learning_rate=options["learning_rate"],
-            weight_decay=options["weight_decay"],
             warmup_steps=options["warmup_ratio"],
             seed=options["seed"],
             logging_steps=50,
@@ -243,6 +257,7 @@ def main() -> None:
         train_dataset=batches,
         data_collator=lambda items: items[0],
         processing_class=tokenizer,
+        optimizers=(new_optimizer(model, options), None),
         preserve_weight=options["preserve_weight"],
         prefix_dims=recipe["model"].get("prefix_dims", []),
     )
