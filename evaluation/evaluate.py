@@ -96,7 +96,7 @@ def evaluate(model: str, recipe: dict[str, Any], split: str, reference: str | No
             metrics = evaluate_pairs(pipe, task, data, recipe["model"].get("prefix_dims", []))
             if reference:
                 texts = sorted({text for column in task["text_columns"] for text in data[column]})
-                metrics["drift"] = evaluate_drift(pipe, reference, texts)
+                metrics.update(evaluate_drift(pipe, reference, texts))
         results[name] = {"metrics": metrics, "split": split, "rows": len(data), "sha256": fingerprint(task, data)}
         print(name, json.dumps(metrics))
     return results

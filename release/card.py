@@ -65,15 +65,23 @@ def table(results: dict[str, Any], described: dict[str, Any]) -> str:
 
 
 def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
-    """Returns a Markdown table of the same measures for several runs, given by their column titles."""
+    """Returns a Markdown table of the same measures for several runs, given by their column titles.
+
+    A run that lacks a task (the starting encoder has no heads) gets an empty cell.
+    """
+    measures = [
+        (f"{task['dataset_name']}, {metric['name']}", name, metric["key"])
+        for name, task in described.items()
+        for metric in task["metrics"]
+    ]
+    measures += [
+        ("mean cosine to the starting encoder", "similarity", "cosine_raw"),
+        ("neighbours kept at 10", "similarity", "neighbours_at_10"),
+    ]
     lines = ["| measure | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
-    for name, task in described.items():
-        for metric in task["metrics"]:
-            values = [f"{run['tasks'][name]['metrics'][metric['key']]:.3f}" for run in runs.values()]
-            lines.append(f"| {task['dataset_name']}, {metric['name']} | " + " | ".join(values) + " |")
-    for key, title in (("cosine_raw", "mean cosine to the starting encoder"), ("neighbours_at_10", "neighbours kept at 10")):
-        values = [f"{run['tasks']['similarity']['metrics']['drift'][key]:.3f}" for run in runs.values()]
-        lines.append(f"| {title} | " + " | ".join(values) + " |")
+    for title, name, key in measures:
+        values = [run["tasks"][name]["metrics"].get(key) if name in run["tasks"] else None for run in runs.values()]
+        lines.append(f"| {title} | " + " | ".join("" if x is None else f"{x:.3f}" for x in values) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -91,7 +99,11 @@ def render_card(card: str) -> str:
 
 def render_discussion(text: str) -> str:
     """Returns discussion.md with its tables made anew."""
-    runs = {"frozen encoder": read("frozen_encoder"), "trained encoder": read("release")}
+    runs = {
+        "starting encoder": read("start_validation"),
+        "heads at 2e-4": read("slow_heads_validation"),
+        "heads at 2e-3": read("release_validation"),
+    }
     return fill(text, "comparison", comparison(runs, read("tasks")))
 
 
