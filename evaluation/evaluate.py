@@ -4,6 +4,7 @@ Everything is measured on what a user gets: the records of the multitask pipelin
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import platform
@@ -25,42 +26,43 @@ from evaluation.metrics import (
     similarity_metrics,
     token_spans,
 )
-from training.data import COLUMNS, class_names, load_task_split, read_recipe
+from training.data import class_names, load_task_split
+from training.recipe import Recipe, TaskRecipe
 from training.train import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "seqeval", "scikit-learn")
 
 
-def evaluate_sequence(pipe: Any, name: str, task: dict[str, Any], data: Any) -> dict[str, float]:
+def evaluate_sequence(pipe: Any, name: str, task: TaskRecipe, data: Any) -> dict[str, float]:
     """Returns the classification metrics of one single-label task."""
-    names = class_names(data, task["label_column"])
-    records = pipe(list(data[task["text_column"]]), tasks=[name], embedding=False)
-    truth = [names[label] for label in data[task["label_column"]]]
+    names = class_names(data, task.label_column)
+    records = pipe(list(data[task.text_columns[0]]), tasks=[name], embedding=False)
+    truth = [names[label] for label in data[task.label_column]]
     return classification_metrics(truth, [record["labels"][name]["label"] for record in records])
 
 
-def evaluate_token(pipe: Any, name: str, task: dict[str, Any], data: Any) -> dict[str, float]:
+def evaluate_token(pipe: Any, name: str, task: TaskRecipe, data: Any) -> dict[str, float]:
     """Returns the entity metrics of one token task; the tokens are joined by spaces and found again by the model."""
-    names = class_names(data, task["tags_column"])
-    tokens = data[task["tokens_column"]]
+    names = class_names(data, task.label_column)
+    tokens = data[task.text_columns[0]]
     records = pipe([" ".join(row) for row in tokens], tasks=[name], embedding=False)
-    truth = [[names[tag] for tag in tags] for tags in data[task["tags_column"]]]
+    truth = [[names[tag] for tag in tags] for tags in data[task.label_column]]
     predicted = [
         entities_to_tags(token_spans(row), record["entities"][name]) for row, record in zip(tokens, records, strict=True)
     ]
     return entity_metrics(truth, predicted)
 
 
-def evaluate_pairs(pipe: Any, task: dict[str, Any], data: Any, prefix_dims: list[int]) -> dict[str, float]:
+def evaluate_pairs(pipe: Any, task: TaskRecipe, data: Any, prefix_dims: list[int]) -> dict[str, float]:
     """Returns Spearman's correlation for the embedding, for its prefixes and for the encoder's own pooled vector."""
-    texts, half = [*data[task["text_columns"][0]], *data[task["text_columns"][1]]], len(data)
+    texts, half = [text for column in task.text_columns for text in data[column]], len(data)
     embeddings = np.stack([record["sentence_embedding"] for record in pipe(texts, tasks=[])])
     ids = pipe.tokenizer(texts, truncation=True)["input_ids"]
     pooled = encode(pipe.model.encoder, ids, pipe.model.config.pooling_mode, pipe.tokenizer.pad_token_id).numpy()
     views = {"spearman": embeddings, "spearman_raw": pooled}
     views.update({f"spearman_{dim}": embeddings[:, :dim] for dim in prefix_dims})
-    scores = data[task["score_column"]]
+    scores = data[task.label_column]
     return {name: similarity_metrics(view[:half], view[half:], scores) for name, view in views.items()}
 
 
@@ -82,31 +84,30 @@ def evaluate_drift(pipe: Any, reference: str, texts: list[str]) -> dict[str, flo
     }
 
 
-def evaluate(model: str, recipe: dict[str, Any], split: str, reference: str | None) -> dict[str, Any]:
+def evaluate(model: str, recipe: Recipe, split: str, reference: str | None) -> dict[str, Any]:
     """Returns, for each task of the recipe, its metrics and what it was measured on; with `reference`, pairs get the drift."""
     pipe = pipeline("multitask", model=model, trust_remote_code=True)
     results = {}
-    for name, task in recipe["tasks"].items():
+    for name, task in recipe.tasks.items():
         data = load_task_split(task, split)
-        if task["kind"] == SEQUENCE:
+        if task.kind == SEQUENCE:
             metrics = evaluate_sequence(pipe, name, task, data)
-        elif task["kind"] == TOKEN:
+        elif task.kind == TOKEN:
             metrics = evaluate_token(pipe, name, task, data)
         else:
-            metrics = evaluate_pairs(pipe, task, data, recipe["model"].get("prefix_dims", []))
+            metrics = evaluate_pairs(pipe, task, data, recipe.model.prefix_dims)
             if reference:
-                texts = sorted({text for column in task["text_columns"] for text in data[column]})
+                texts = sorted({text for column in task.text_columns for text in data[column]})
                 metrics.update(evaluate_drift(pipe, reference, texts))
         results[name] = {"metrics": metrics, "split": split, "rows": len(data), "sha256": fingerprint(task, data)}
         print(name, json.dumps(metrics))
     return results
 
 
-def fingerprint(task: dict[str, Any], data: Any) -> str:
+def fingerprint(task: TaskRecipe, data: Any) -> str:
     """Returns a hash of the columns that a task reads, the same wherever the data set was loaded from."""
-    first, second = (task[name] for name in COLUMNS[task["kind"]])
     digest = hashlib.sha256()
-    for column in [first, second] if isinstance(first, str) else [*first, second]:
+    for column in [*task.text_columns, task.label_column]:
         digest.update(json.dumps([round(x, 6) if isinstance(x, float) else x for x in data[column]]).encode())
     return digest.hexdigest()
 
@@ -130,13 +131,13 @@ def main() -> None:
     parser.add_argument("--reference", help="the starting encoder, to measure how far the embedding has moved from it")
     parser.add_argument("--output", type=Path, help="where to write the results, for instance results/release.json")
     args = parser.parse_args()
-    recipe = read_recipe(args.recipe)
-    tasks = evaluate(args.model, read_recipe(args.recipe, args.data), args.split, args.reference)
+    recipe = Recipe.read(args.recipe)
+    tasks = evaluate(args.model, Recipe.read(args.recipe, args.data), args.split, args.reference)
     result = {
         "command": f"python -m evaluation.evaluate {args.model} --split {args.split}",
         "parameters": sum(x.numel() for x in AutoModel.from_pretrained(args.model, trust_remote_code=True).parameters()),
         "tasks": tasks,
-        "recipe": recipe,
+        "recipe": dataclasses.asdict(recipe),
         **surroundings(),
     }
     if args.output:

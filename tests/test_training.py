@@ -1,6 +1,7 @@
 """Training data and the training loop: labels land where they should, and a model learns from every kind of task."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from transformers import AutoTokenizer, BertModel
 from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-from tests.conftest import WINDOW, tiny_config, tiny_tokenizer
+from tests.conftest import ROOT, WINDOW, tiny_config, tiny_tokenizer
 from training import train
 from training.data import align_tags, class_names, load_split, pad_batch, sequence_examples, token_examples
+from training.recipe import Recipe, RecipeError, TaskRecipe
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -129,7 +131,8 @@ max_length = 32
 [tasks.mood]
 kind = "sequence_classification"
 dataset = "{data}/mood"
-text_column = "text"
+folder = "mood"
+text_columns = ["text"]
 label_column = "label"
 batch_size = 2
 epochs = {epochs}
@@ -137,16 +140,18 @@ epochs = {epochs}
 [tasks.ner]
 kind = "token_classification"
 dataset = "{data}/names"
-tokens_column = "tokens"
-tags_column = "tags"
+folder = "names"
+text_columns = ["tokens"]
+label_column = "tags"
 batch_size = 4
 epochs = {epochs}
 
 [tasks.similarity]
 kind = "scored_pairs"
 dataset = "{data}/pairs"
+folder = "pairs"
 text_columns = ["a", "b"]
-score_column = "score"
+label_column = "score"
 batch_size = 3
 epochs = {epochs}
 
@@ -193,9 +198,53 @@ def test_a_frozen_encoder_is_bit_identical_after_training(folders, tmp_path, mon
     assert all(torch.equal(x, y) for x, y in zip(model.encoder.parameters(), start.parameters(), strict=True))
 
 
-def test_an_unknown_part_to_freeze_is_named(folders, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="training.freeze is 'all'; allowed: nothing, word_embeddings, encoder"):
-        train_tiny(folders, tmp_path, monkeypatch, freeze="all", epochs=1)
+def test_every_problem_of_a_recipe_is_reported_at_once(tmp_path):
+    text = RECIPE.format(encoder="e", data="d", epochs=1, freeze="all")
+    text = (
+        text.replace("max_length = 32", "max_lenght = 32")
+        .replace("epochs = 1", 'epochs = "one"', 1)
+        .replace("seed = 3\n", "")
+    )
+    (tmp_path / "bad.toml").write_text(text.replace("prefix_dims = [4]", 'prefix_dims = [4, "x"]'))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(tmp_path / "bad.toml")
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("bad.toml:") and len(lines) == 6
+    for expected in (
+        "model.max_lenght is unknown; known here: encoder, max_length",
+        "model.max_length is missing",
+        "model.prefix_dims[1] is 'x'; it must be of type int",
+        "tasks.mood.epochs is 'one'; it must be of type int",
+        "training.seed is missing",
+    ):
+        assert any(expected in line for line in lines), expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('freeze = "x"', 'freeze = "all"', "training.freeze is 'all'; allowed: nothing, word_embeddings, encoder"),
+        ('"scored_pairs"', '"pairs"', "tasks.similarity.kind is 'pairs'; allowed: sequence_classification"),
+        ('["a", "b"]', '["a"]', "tasks.similarity.text_columns is ['a']; a scored_pairs task needs 2"),
+        ("batch_size = 4", "batch_size = 0", "tasks.ner.batch_size is 0; it must be at least 1"),
+        ("weight_decay = 0.0", "weight_decay = nan", "training.weight_decay is nan"),
+        ("[model]", "[model", "cannot be read"),
+    ],
+)
+def test_values_of_a_recipe_are_checked(tmp_path, old, new, message):
+    text = RECIPE.format(encoder="e", data="d", epochs=1, freeze="encoder" if "freeze" not in old else "x")
+    assert old in text
+    (tmp_path / "bad.toml").write_text(text.replace(old, new))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(tmp_path / "bad.toml")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training/recipes").glob("*.toml")), ids=lambda path: path.name)
+def test_the_recipes_of_this_repository_are_sound(path):
+    recipe = Recipe.read(path, data=Path("copies"), encoder="folder")
+    assert recipe.model.encoder == "folder"
+    assert all(task.dataset == str(Path("copies") / task.folder) for task in recipe.tasks.values())
 
 
 def test_the_projection_starts_as_orthonormal_principal_axes():
@@ -209,11 +258,12 @@ def test_every_example_is_in_a_batch_once_per_epoch_and_no_batch_mixes_tasks():
     examples = [
         {"input_ids": [1] * (i % 7 + 1), "labels": i, "text": "x" * (i % 7), "target": torch.zeros(2)} for i in range(23)
     ]
-    task = {"kind": "sequence_classification", "examples": examples, "batch_size": 4, "epochs": 2}
-    batches = train.TaskBatches({"a": task, "b": {**task, "epochs": 1}}, pad_token_id=0, seed=1)
+    fields = {"kind": "sequence_classification", "dataset": "", "folder": "", "text_columns": ["x"], "label_column": "y"}
+    tasks = {name: TaskRecipe(**fields, batch_size=4, epochs=epochs) for name, epochs in (("a", 2), ("b", 1))}
+    batches = train.TaskBatches(tasks, {"a": examples, "b": examples}, pad_token_id=0, seed=1)
     for name, times in (("a", 2), ("b", 1)):
         rows = [row for task_name, rows in batches.batches if task_name == name for row in rows]
         assert sorted(rows) == sorted(list(range(23)) * times)
     assert {batch["task"] for batch in (batches[i] for i in range(len(batches)))} == {"a", "b"}
-    again = train.TaskBatches({"a": task, "b": {**task, "epochs": 1}}, pad_token_id=0, seed=1)
+    again = train.TaskBatches(tasks, {"a": examples, "b": examples}, pad_token_id=0, seed=1)
     assert again.batches == batches.batches

@@ -1,8 +1,6 @@
 """Training data: data sets from the Hub or from folders, turned into tokenized examples."""
 
-import tomllib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,32 +8,17 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from configuration_multitask import SEQUENCE, TOKEN
 from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import word_starts
+from training.recipe import TaskRecipe
 
 Example = dict[str, Any]
-PAIRS = "scored_pairs"
-COLUMNS = {  # which recipe keys name the columns of a task kind
-    SEQUENCE: ("text_column", "label_column"),
-    TOKEN: ("tokens_column", "tags_column"),
-    PAIRS: ("text_columns", "score_column"),
-}
 
 
-def read_recipe(path: str | Path, data: Path | None = None) -> dict[str, Any]:
-    """Returns a recipe; with `data`, its data sets are the folders there that the recipe's `folder` keys name."""
-    recipe = tomllib.loads(Path(path).read_text("utf-8"))
-    for task in recipe["tasks"].values():
-        task["dataset"] = str(data / task["folder"]) if data else task["dataset"]
-    return recipe
-
-
-def load_task_split(task: dict[str, Any], split: str) -> Dataset:
+def load_task_split(task: TaskRecipe, split: str) -> Dataset:
     """Returns one split of a recipe task's data set, see `load_split`."""
-    first, second = (task[name] for name in COLUMNS[task["kind"]])
-    return load_split(task["dataset"], split, [*first, second] if task["kind"] == PAIRS else [first, second])
+    return load_split(task.dataset, split, [*task.text_columns, task.label_column])
 
 
 def load_split(name_or_path: str, split: str, columns: Iterable[str]) -> Dataset:
@@ -141,7 +124,7 @@ def sequence_examples(
 
 
 def pair_examples(
-    data: Dataset, text_columns: tuple[str, str], score_column: str, tokenizer: PreTrainedTokenizerBase
+    data: Dataset, text_columns: list[str], score_column: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
     """Returns examples with `input_ids` and `text`, lists of two, and `labels`, the pair's score (float)."""
     first, second = (list(data[column]) for column in text_columns)

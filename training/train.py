@@ -5,8 +5,10 @@ the embedding that the starting encoder gave it.
 """
 
 import argparse
+import dataclasses
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +22,39 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, Trai
 from configuration_multitask import SEQUENCE, TOKEN, MultiTaskConfig
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel, pool
 from training.data import (
-    COLUMNS,
-    PAIRS,
     Example,
     class_names,
     load_task_split,
     pad,
     pad_batch,
     pair_examples,
-    read_recipe,
     sequence_examples,
     token_examples,
 )
+from training.recipe import FROZEN_PARTS, PAIRS, Recipe, RecipeError, TaskRecipe, TrainingRecipe
 
 
-def load_examples(task: dict[str, Any], split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[str]]:
+def load_examples(task: TaskRecipe, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[str]]:
     """Returns one task's tokenized examples and its label names (none for scored pairs)."""
     data = load_task_split(task, split)
-    first, second = (task[name] for name in COLUMNS[task["kind"]])
-    if task["kind"] == PAIRS:
-        return pair_examples(data, tuple(first), second, tokenizer), []
-    labels = class_names(data, second)
-    make = sequence_examples if task["kind"] == SEQUENCE else token_examples
-    return make(data, first, second, labels, tokenizer), labels
+    if task.kind == PAIRS:
+        return pair_examples(data, task.text_columns, task.label_column, tokenizer), []
+    labels = class_names(data, task.label_column)
+    make = sequence_examples if task.kind == SEQUENCE else token_examples
+    return make(data, task.text_columns[0], task.label_column, labels, tokenizer), labels
 
 
-def new_model(recipe: dict[str, Any], labels: dict[str, list[str]]) -> tuple[MultiTaskModel, Any]:
+def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskModel, Any]:
     """Returns a model whose encoder has the pretrained weights and whose heads are random, and the pretrained encoder."""
-    encoder = AutoModel.from_pretrained(recipe["model"]["encoder"], dtype=torch.float32)
+    encoder = AutoModel.from_pretrained(recipe.model.encoder, dtype=torch.float32)
     specs = {
-        name: {"kind": task["kind"], "labels": labels[name], **task.get("head", {})}
-        for name, task in recipe["tasks"].items()
-        if task["kind"] != PAIRS
+        name: {"kind": task.kind, "labels": labels[name], **task.head}
+        for name, task in recipe.tasks.items()
+        if task.kind != PAIRS
     }
     fields = {name: value for name, value in encoder.config.to_dict().items() if name not in ("tasks", "architectures")}
-    options = {name: recipe["model"][name] for name in ("pooling_mode", "embedding_dim") if name in recipe["model"]}
-    model = MultiTaskModel(MultiTaskConfig(**{**fields, **options, "tasks": specs}))
+    options = {"pooling_mode": recipe.model.pooling_mode, "embedding_dim": recipe.model.embedding_dim, "tasks": specs}
+    model = MultiTaskModel(MultiTaskConfig(**{**fields, **options}))
     model.encoder.load_state_dict(encoder.state_dict())
     return model, encoder.eval()
 
@@ -80,19 +79,13 @@ def principal_components(vectors: Tensor, count: int) -> Tensor:
 
 
 def freeze(model: MultiTaskModel, part: str) -> None:
-    """Excludes a part of the encoder from training: "nothing", "word_embeddings" or "encoder".
-
-    Raises:
-        ValueError: There is no such part.
-    """
-    parts = {"nothing": [], "word_embeddings": [model.get_input_embeddings()], "encoder": [model.encoder]}
-    if part not in parts:
-        raise ValueError(f"training.freeze is {part!r}; allowed: {', '.join(parts)}.")
+    """Excludes a part of the encoder (one of `FROZEN_PARTS`) from training."""
+    parts = dict(zip(FROZEN_PARTS, ([], [model.get_input_embeddings()], [model.encoder]), strict=True))
     for module in parts[part]:
         module.requires_grad_(False)
 
 
-def new_optimizer(model: MultiTaskModel, options: dict[str, Any]) -> torch.optim.AdamW:
+def new_optimizer(model: MultiTaskModel, options: TrainingRecipe) -> torch.optim.AdamW:
     """Returns AdamW whose heads learn faster than what is pretrained; vectors (biases, norms) do not decay."""
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -101,8 +94,8 @@ def new_optimizer(model: MultiTaskModel, options: dict[str, Any]) -> torch.optim
     return torch.optim.AdamW(
         {
             "params": parameters,
-            "lr": options["head_learning_rate"] if in_head else options["learning_rate"],
-            "weight_decay": options["weight_decay"] if decays else 0.0,
+            "lr": options.head_learning_rate if in_head else options.learning_rate,
+            "weight_decay": options.weight_decay if decays else 0.0,
         }
         for (in_head, decays), parameters in groups.items()
     )
@@ -112,16 +105,22 @@ class TaskBatches(Dataset):
     """All batches of a run, each of one task and of texts of like length; the Trainer shuffles them.
 
     Args:
-        tasks: For each task its kind, examples, batch size and number of epochs.
+        tasks: The recipe's tasks.
+        examples: Each task's tokenized examples, with their `target` vectors.
         pad_token_id: Fills up shorter rows.
         seed: Decides which examples share a batch.
     """
 
-    def __init__(self, tasks: dict[str, dict[str, Any]], pad_token_id: int, seed: int) -> None:
-        self.tasks, self.pad_token_id = tasks, pad_token_id
+    def __init__(
+        self, tasks: dict[str, TaskRecipe], examples: dict[str, list[Example]], pad_token_id: int, seed: int
+    ) -> None:
+        self.tasks, self.examples, self.pad_token_id = tasks, examples, pad_token_id
         shuffler = random.Random(seed)
         self.batches = [
-            (name, rows) for name, task in tasks.items() for _ in range(task["epochs"]) for rows in _group(task, shuffler)
+            (name, rows)
+            for name, task in tasks.items()
+            for _ in range(task.epochs)
+            for rows in _group(examples[name], task.batch_size, shuffler)
         ]
 
     def __len__(self) -> int:
@@ -129,7 +128,7 @@ class TaskBatches(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, rows = self.batches[index]
-        kind, examples = self.tasks[name]["kind"], [self.tasks[name]["examples"][row] for row in rows]
+        kind, examples = self.tasks[name].kind, [self.examples[name][row] for row in rows]
         targets = torch.stack([example["target"] for example in examples])
         if kind == PAIRS:  # all first texts, then all second ones
             ids = [example["input_ids"][side] for side in (0, 1) for example in examples]
@@ -145,10 +144,13 @@ class TaskBatches(Dataset):
         }
 
 
-def _group(task: dict[str, Any], shuffler: random.Random) -> list[list[int]]:
+def _group(examples: list[Example], size: int, shuffler: random.Random) -> list[list[int]]:
     """Splits a shuffled epoch into pools of fifty batches, and each pool by length, so that little is padded."""
-    examples, size = task["examples"], task["batch_size"]
-    length = lambda row: len(examples[row]["text"] if task["kind"] != PAIRS else "".join(examples[row]["text"]))  # noqa: E731
+
+    def length(row: int) -> int:
+        text = examples[row]["text"]
+        return len(text) if isinstance(text, str) else sum(map(len, text))
+
     order = shuffler.sample(range(len(examples)), len(examples))
     pools = [sorted(order[i : i + 50 * size], key=length) for i in range(0, len(order), 50 * size)]
     return [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
@@ -196,23 +198,16 @@ class MultiTaskTrainer(Trainer):
         super().log({**logs, **means}, *args, **kwargs)
 
 
-def load_tasks(recipe: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Returns the recipe's tasks with their training examples, and each task's label names."""
-    tasks, labels = {}, {}
-    for name, task in recipe["tasks"].items():
-        examples, labels[name] = load_examples(task, "train", tokenizer)
-        tasks[name] = {**task, "examples": examples}
-    return tasks, labels
-
-
-def add_targets(tasks: dict[str, Any], encoder: Any, pooling_mode: str, pad_token_id: int) -> Tensor:
+def add_targets(
+    tasks: dict[str, TaskRecipe], examples: dict[str, list[Example]], encoder: Any, model: MultiTaskModel, pad_token_id: int
+) -> Tensor:
     """Stores with every example the starting encoder's vector of its text; returns all vectors, float [N, H]."""
     everything = []
-    for task in tasks.values():
-        sides = 2 if task["kind"] == PAIRS else 1
-        rows = [ids for x in task["examples"] for ids in (x["input_ids"] if sides == 2 else [x["input_ids"]])]
-        vectors = encode(encoder, rows, pooling_mode, pad_token_id)
-        for example, target in zip(task["examples"], vectors.view(-1, sides, vectors.shape[1]), strict=True):
+    for name, task in tasks.items():
+        sides = 2 if task.kind == PAIRS else 1
+        rows = [ids for x in examples[name] for ids in (x["input_ids"] if sides == 2 else [x["input_ids"]])]
+        vectors = encode(encoder, rows, model.config.pooling_mode, pad_token_id)
+        for example, target in zip(examples[name], vectors.view(-1, sides, vectors.shape[1]), strict=True):
             example["target"] = target if sides == 2 else target[0]
         everything.append(vectors)
     return torch.cat(everything)
@@ -228,42 +223,46 @@ def main() -> None:
     parser.add_argument("--encoder", help="folder or Hub id to start from instead of the recipe's")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output folder")
     args = parser.parse_args()
-    recipe = read_recipe(args.recipe, args.data)
-    recipe["model"]["encoder"] = args.encoder or recipe["model"]["encoder"]
-    options = recipe["training"]
-    set_seed(options["seed"])
-    tokenizer = AutoTokenizer.from_pretrained(recipe["model"]["encoder"], model_max_length=recipe["model"]["max_length"])
-    tasks, labels = load_tasks(recipe, tokenizer)
-    model, encoder = new_model(recipe, labels)
-    batches = TaskBatches(tasks, tokenizer.pad_token_id, options["seed"])
-    vectors = add_targets(tasks, encoder, model.config.pooling_mode, tokenizer.pad_token_id)
+    try:
+        recipe = Recipe.read(args.recipe, args.data, args.encoder)
+    except RecipeError as error:
+        sys.exit(str(error))
+    options = recipe.training
+    set_seed(options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
+    loaded = {name: load_examples(task, "train", tokenizer) for name, task in recipe.tasks.items()}
+    examples = {name: found for name, (found, _) in loaded.items()}
+    model, encoder = new_model(recipe, {name: labels for name, (_, labels) in loaded.items()})
+    vectors = add_targets(recipe.tasks, examples, encoder, model, tokenizer.pad_token_id)
+    batches = TaskBatches(recipe.tasks, examples, tokenizer.pad_token_id, options.seed)
     if model.linear is not None:
         model.linear.weight.data.copy_(principal_components(vectors, model.config.embedding_dim))
-    freeze(model, options["freeze"])
+    freeze(model, options.freeze)
     trainer = MultiTaskTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(args.output),
             per_device_train_batch_size=1,  # one item of TaskBatches is a whole batch
             num_train_epochs=1,  # a task's own epochs are in TaskBatches
-            warmup_steps=options["warmup_ratio"],
-            seed=options["seed"],
+            warmup_steps=options.warmup_ratio,
+            seed=options.seed,
             logging_steps=50,
             save_steps=500,
             save_total_limit=2,
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
         ),
         train_dataset=batches,
         data_collator=lambda items: items[0],
         processing_class=tokenizer,
         optimizers=(new_optimizer(model, options), None),
-        preserve_weight=options["preserve_weight"],
-        prefix_dims=recipe["model"].get("prefix_dims", []),
+        preserve_weight=options.preserve_weight,
+        prefix_dims=recipe.model.prefix_dims,
     )
     trainer.train(resume_from_checkpoint=args.resume)
     trainer.save_model(str(args.output / "final"))
-    Path(args.output, "final", "recipe.json").write_text(json.dumps(recipe, indent=2))
+    Path(args.output, "final", "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2))
 
 
 if __name__ == "__main__":
