@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 INPUT_FORMATS = ("csv", "jsonl", "parquet", "text")
+ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", "": "text"}
 CHUNK_ROWS = 1024
 COLOURS = {"PER": 35, "ORG": 36, "LOC": 32}  # ANSI; other entities are yellow, labels bold
 Row = tuple[Any, str | None]  # a text, or what stood there; and why it could not be read
@@ -42,6 +43,7 @@ def read_rows(source: str, file_format: str, column: str) -> Iterator[Row]:
         InputError: The file cannot be read, or has no such column.
     """
     try:
+        _refuse_other_encodings(source)
         if file_format == "parquet":
             yield from _read_parquet(source, column)
             return
@@ -51,6 +53,15 @@ def read_rows(source: str, file_format: str, column: str) -> Iterator[Row]:
             yield from {"csv": _read_csv, "jsonl": _read_jsonl, "text": _read_text}[file_format](stream, column)
     except OSError as error:
         raise InputError(f"--input {source} cannot be read: {error}") from error
+
+
+def _refuse_other_encodings(source: str) -> None:
+    """Raises an InputError for what would be read as text and is none: UTF-16 and compressed files."""
+    if source != "-":
+        with open(source, "rb") as stream:
+            start = stream.read(4)
+        if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b", b"PK\x03\x04")):
+            raise InputError(f"--input {source} is compressed or UTF-16; unpack it or convert it to UTF-8.")
 
 
 def _read_text(stream: Iterable[str], column: str) -> Iterator[Row]:
@@ -78,7 +89,7 @@ def _read_jsonl(stream: Iterable[str], column: str) -> Iterator[Row]:
             continue  # as every reader of JSON lines does
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield None, f"is no JSON: {error}"
             continue
         if isinstance(fields, dict) and column in fields:
@@ -221,15 +232,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--input-format", choices=INPUT_FORMATS, help="default: by the file's ending; text if it says nothing"
     )
-    parser.add_argument("--text-column", default="text", help="column or field that holds the text (default: text)")
+    parser.add_argument("--text-column", help='column or field that holds the text (default: "text")')
     parser.add_argument("--output", type=Path, help="a .jsonl or .parquet file; default: standard output")
     parser.add_argument("--overwrite", action="store_true", help="replace an output file that exists")
     parser.add_argument("--json", action="store_true", help="print one JSON record per line")
     parser.add_argument(
-        "--tasks", type=lambda names: names.split(","), help="tasks to compute, separated by commas; default: all"
+        "--tasks",
+        type=lambda names: [name.strip() for name in names.split(",")],
+        help="tasks to compute, separated by commas; default: all",
     )
     parser.add_argument("--no-embedding", action="store_true", help="leave out the sentence embedding")
-    parser.add_argument("--model", default=str(Path(__file__).parent), help="folder or Hub id; default: this repository")
+    parser.add_argument(
+        "--model", default=str(Path(__file__).parent), help="folder or Hub id, whose code is run; default: this repository"
+    )
     parser.add_argument("--revision", help="commit, tag or branch of a model on the Hub")
     parser.add_argument("--device", help='for instance "cpu" or "cuda:0"; default: a GPU if there is one')
     parser.add_argument("--batch-tokens", type=int, help="tokens in one batch, padding included")
@@ -240,9 +255,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {args.output}: the name must end in .jsonl or .parquet")
     if args.output and args.output.exists() and not args.overwrite:
         parser.error(f"--output {args.output} exists; choose another name or add --overwrite")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
     if args.input and not args.input_format:
-        ending = Path(args.input).suffix.lstrip(".")
-        args.input_format = {"csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet"}.get(ending, "text")
+        ending = Path(args.input).suffix.lower()
+        if ending not in ENDINGS:
+            parser.error(f"--input {args.input}: say what it holds with --input-format ({', '.join(INPUT_FORMATS)})")
+        args.input_format = ENDINGS[ending]
+    if args.text_column and args.input_format in (None, "text"):
+        parser.error(
+            "--text-column needs an input of rows with columns; say which with --input-format csv, jsonl or parquet"
+        )
+    args.text_column = args.text_column or "text"
     return args
 
 
@@ -283,8 +307,10 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         _write_file(watched(), args, pipe.model.config)
     elif args.json or args.input:
+        sys.stdout.reconfigure(encoding="utf-8")
         write_jsonl(watched(), sys.stdout)
     else:
+        sys.stdout.reconfigure(errors="replace")  # a console that cannot show a character shows "?"
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print("\n\n".join(summary(result, colour) for result in watched()))
     return failed
@@ -293,20 +319,25 @@ def run(args: argparse.Namespace) -> int:
 def _write_file(results: Iterator[dict[str, Any]], args: argparse.Namespace, config: Any) -> None:
     """Writes to a temporary name first, so that the output is either whole or not there."""
     partial = args.output.with_name(args.output.name + ".partial")
-    if args.output.suffix == ".parquet":
-        specs = {name: spec for name, spec in config.task_specs.items() if args.tasks is None or name in args.tasks}
-        dim = None if args.no_embedding else config.embedding_dim or config.hidden_size
-        write_parquet(results, partial, arrow_schema(specs, dim))
-    else:
-        with open(partial, "w", encoding="utf-8") as stream:
-            write_jsonl(results, stream)
-    os.replace(partial, args.output)
+    try:
+        if args.output.suffix == ".parquet":
+            specs = {name: spec for name, spec in config.task_specs.items() if args.tasks is None or name in args.tasks}
+            dim = None if args.no_embedding else config.embedding_dim or config.hidden_size
+            write_parquet(results, partial, arrow_schema(specs, dim))
+        else:
+            with open(partial, "w", encoding="utf-8") as stream:
+                write_jsonl(results, stream)
+        os.replace(partial, args.output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main() -> None:
     args = parse_args()
     try:
         failed = run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

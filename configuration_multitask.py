@@ -8,6 +8,7 @@ import copy
 import json
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,8 @@ def is_number(value: object) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
     """One head: what it predicts and how it is built. Checked on construction.
+
+    A model builds its heads when it is made: a field changed later in `config.tasks` acts after saving and loading.
 
     Attributes:
         kind: `"sequence_classification"` (one answer per text) or `"token_classification"` (one label per word).
@@ -268,6 +271,14 @@ class MultiTaskConfig(PreTrainedConfig):
         """
         fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         return cls.from_dict(fields, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes `config.json`; in a release folder it goes on naming the release's weight index."""
+        super().save_pretrained(save_directory, **kwargs)
+        if Path(save_directory, WEIGHTS_INDEX).exists():
+            path = Path(save_directory, "config.json")
+            fields = {**json.loads(path.read_text("utf-8")), "multitask_weights": WEIGHTS_INDEX}
+            path.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form, which is the encoder's configuration with this class's fields added."""

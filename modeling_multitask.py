@@ -7,6 +7,7 @@ through transformers' standard classes. Axes: B batch, T tokens, H hidden, E emb
 import copy
 import inspect
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -238,17 +239,19 @@ class MultiTaskModel(PreTrainedModel):
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
         self._check_length(inputs)
-        encoded = self.encoder(**inputs, output_hidden_states=output_hidden_states or mixing, **kwargs)
+        encoded = self.encoder(**inputs, output_hidden_states=output_hidden_states or mixing, return_dict=True, **kwargs)
 
         hidden = encoded.last_hidden_state  # [B, T, H]
         mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
         pooled = pool(hidden, mask, self.config.pooling_mode)  # [B, H]
         logits = {name: self._logits(self.heads[name], hidden, pooled, mask, encoded.hidden_states) for name in names}
         task_losses = {name: task_loss(self.heads[name].spec, logits[name], y) for name, y in (labels or {}).items()}
+        embedding = pooled if self.linear is None else self.linear(pooled)  # [B, E]
         weighted = [self.heads[name].spec.loss_weight * loss for name, loss in task_losses.items()]
         return MultiTaskOutput(
             last_hidden_state=hidden,
-            sentence_embedding=F.normalize(pooled if self.linear is None else self.linear(pooled), dim=-1),
+            # In float32: half precision cannot hold the bound that keeps a zero vector zero.
+            sentence_embedding=F.normalize(embedding.float(), dim=-1).to(embedding.dtype),
             logits=logits,
             loss=sum(weighted) if weighted else None,
             task_losses=task_losses or None,
@@ -260,6 +263,8 @@ class MultiTaskModel(PreTrainedModel):
         names = list(self.heads) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
         if unknown := [name for name in names if name not in self.heads]:
             raise ValueError(f"tasks holds {unknown}; this model's tasks are: {', '.join(self.heads) or 'none'}.")
+        if labels is not None and not isinstance(labels, dict):
+            raise ValueError(f"labels is a {type(labels).__name__}; it must be a dict that maps tasks to their labels.")
         if unused := [name for name in labels or {} if name not in names]:
             raise ValueError(f"labels are given for {unused}; the tasks computed here are: {', '.join(names) or 'none'}.")
         return names
@@ -344,7 +349,10 @@ class MultiTaskModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a checkpoint with all weights in one file and the code needed to load it.
+        """Writes a checkpoint: all weights unsplit, and the code. Save the tokenizer beside it.
+
+        It loads through this class, the Auto classes and, if its code can be found, the pipeline. What
+        sentence-transformers needs is written by `python -m release.export`.
 
         Raises:
             ValueError: `save_directory` holds a release, whose index and split weights would go stale.
@@ -355,6 +363,28 @@ class MultiTaskModel(PreTrainedModel):
                 "from it with `python -m release.export`."
             )
         super().save_pretrained(save_directory, **kwargs)
+        self._save_pipeline_code(save_directory)
+
+    def _save_pipeline_code(self, save_directory: str | Path) -> None:
+        """Copies the pipeline's file, which transformers does not count as the model's, from beside this one's source."""
+        name = "pipeline_multitask.py"
+        candidates = [Path(__file__).with_name(name)]
+        if self.name_or_path:
+            found = cached_file(
+                self.name_or_path,
+                name,
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+            candidates += [Path(found)] if found else []
+        for source in candidates:
+            if source.exists() and source.resolve() != Path(save_directory, name).resolve():
+                shutil.copyfile(source, Path(save_directory, name))
+                return
+        if not Path(save_directory, name).exists():
+            logger.warning(f'{name} was not found; copy it into {save_directory} to load pipeline("multitask") from there.')
 
 
 def check_weight_map(index: Any, source: str) -> dict[str, str]:
@@ -414,17 +444,33 @@ def _loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: 
 
 
 class _HeadView(MultiTaskModel):
-    """The whole model, seen through one of its heads: the standard output and configuration of that one task."""
+    """The whole model, seen through one of its heads: the standard output and configuration of that one task.
+
+    The task becomes the first of the configuration, so that a saved view opens on the same head.
+    """
 
     kind: ClassVar[str]
 
     def __init__(self, config: MultiTaskConfig, task: str | None = None) -> None:
-        super().__init__(copy.deepcopy(config))
+        config = copy.deepcopy(config)
         self.task = config.pick_task(self.kind, task)
+        config.tasks = {self.task: config.tasks[self.task], **config.tasks}
+        _refuse_other_labels(config, self.task)
+        super().__init__(config)
         spec = self.heads[self.task].spec
         self.config.id2label = dict(enumerate(spec.labels))
         self.config.label2id = {label: i for i, label in enumerate(spec.labels)}
         self.config.problem_type = spec.problem_type
+
+    def remove_task(self, name: str) -> None:
+        """Removes another head than the one that is shown.
+
+        Raises:
+            ValueError: There is no such task, or it is the one that this view shows.
+        """
+        if name == self.task:
+            raise ValueError(f"This view shows the task {name!r}; load the model with another task= to remove it.")
+        super().remove_task(name)
 
     def _view(self, inputs: dict[str, Any], labels: Tensor | None, **kwargs: Any) -> MultiTaskOutput:
         """Runs the one head; texts beyond the encoder's length lose their end, with a warning.
@@ -438,10 +484,26 @@ class _HeadView(MultiTaskModel):
                 f"A text of {max(sizes)} tokens is cut to the first {limit}, which is all that this encoder takes; "
                 'pipeline("multitask") reads long texts in windows.'
             )
+            mask = inputs["attention_mask"]
+            if mask is not None and not mask[:, 0].all():
+                raise ValueError(
+                    f"A text of {max(sizes)} tokens in a batch padded on the left cannot be cut to the {limit} that this "
+                    "encoder takes. Tokenize with truncation=True."
+                )
             inputs = {name: None if value is None else value[:, :limit] for name, value in inputs.items()}
             labels = labels[:, :limit] if labels is not None and self.kind == TOKEN else labels
         labelled = None if labels is None else {self.task: labels}
-        return super().forward(**inputs, tasks=[self.task], labels=labelled, **kwargs)
+        return super().forward(**inputs, tasks=[self.task], labels=labelled, return_dict=True, **kwargs)
+
+
+def _refuse_other_labels(config: MultiTaskConfig, task: str) -> None:
+    """Raises a ValueError if `num_labels` or `id2label` was passed while loading, and asks for another head than stored."""
+    given = list(config.id2label.values())
+    if given != ["LABEL_0", "LABEL_1"] and given not in [fields["labels"] for fields in config.tasks.values()]:
+        raise ValueError(
+            f"num_labels or id2label asks for the labels {given}; the head {task!r} has {config.tasks[task]['labels']}. "
+            "Labels are part of a task: add_task(name, spec) makes a new head, remove_task(name) drops one."
+        )
 
 
 class MultiTaskForSequenceClassification(_HeadView):

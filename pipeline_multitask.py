@@ -40,7 +40,7 @@ def word_starts(text: str, offsets: Sequence[Span], word_ids: Sequence[int | Non
     """Returns each token's character span without surrounding spaces, and whether a new word starts there.
 
     A word ends where the tokenizer's does, and also around punctuation and symbols, so that "Paris." is two words
-    whichever tokenizer made the tokens. Combining marks belong to the character before them. Special tokens start no
+    whichever tokenizer made the tokens. Marks belong to the character before them. Special tokens start no
     word, nor do pieces of a single character, nor a window that begins inside a word.
     """
     spans: list[Span] = []
@@ -49,14 +49,14 @@ def word_starts(text: str, offsets: Sequence[Span], word_ids: Sequence[int | Non
     for (start, end), word in zip(offsets, word_ids, strict=True):
         while start < end and text[start].isspace():
             start += 1
-        while start < end < len(text) and unicodedata.combining(text[end]):  # marks that the tokenizer strips
+        while start < end < len(text) and _is_mark(text[end]):  # marks that the tokenizer strips
             end += 1
         spans.append((start, end))
-        if word is None or start >= end or unicodedata.combining(text[start]):
+        if word is None or start >= end or _is_mark(text[start]):
             starts.append(False)
             continue
         joined = start > 0 and _joins_words(text[start - 1]) and _joins_words(text[start])
-        after_mark = start > 0 and unicodedata.combining(text[start - 1])
+        after_mark = start > 0 and _is_mark(text[start - 1])
         other_word = previous_word is not None and word != previous_word and not after_mark
         starts.append((other_word or not joined) and start >= previous_end)
         previous_word, previous_end = word, max(end, previous_end)
@@ -64,7 +64,12 @@ def word_starts(text: str, offsets: Sequence[Span], word_ids: Sequence[int | Non
 
 
 def _joins_words(character: str) -> bool:
-    return character.isalnum() or character == "_" or bool(unicodedata.combining(character))
+    return character.isalnum() or character == "_" or _is_mark(character)
+
+
+def _is_mark(character: str) -> bool:
+    """Returns whether a character only modifies the one before it: an accent, a vowel sign, a variation selector."""
+    return unicodedata.category(character).startswith("M")
 
 
 @dataclass
@@ -195,18 +200,29 @@ class MultiTaskPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not hasattr(self.model, "heads"):
+        if not hasattr(self.model, "heads") or hasattr(self.model, "task"):  # a head view has a `task`
             raise ValueError(
                 f"The multitask pipeline needs a MultiTaskModel, and got a {type(self.model).__name__}. Load the model "
                 "with AutoModel.from_pretrained(..., trust_remote_code=True) to see why it did not load."
             )
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(f"The multitask pipeline needs a fast tokenizer, and got {type(self.tokenizer).__name__}.")
+        if self._batch_size is not None:
+            raise ValueError(f"batch_size is {self._batch_size}, and has no meaning here; use batch_tokens.")
         self.model.eval()
 
     def _sanitize_parameters(
-        self, tasks: Iterable[str] | None = None, embedding: bool | None = None, batch_tokens: int | None = None
+        self,
+        tasks: Iterable[str] | None = None,
+        embedding: bool | None = None,
+        batch_tokens: int | None = None,
+        **unknown: Any,
     ) -> tuple[dict, dict, dict]:
+        if unknown:
+            raise ValueError(
+                f"unknown options {sorted(unknown)}; the multitask pipeline takes tasks, embedding and batch_tokens (tokens "
+                "in one batch, where other pipelines have batch_size). It reads long texts whole, so it does not truncate."
+            )
         if tasks is not None:
             tasks = [tasks] if isinstance(tasks, str) else list(tasks)
             if unknown := [name for name in tasks if name not in self.model.config.tasks]:
@@ -231,6 +247,8 @@ class MultiTaskPipeline(Pipeline):
         options = {**self._forward_params, **self._sanitize_parameters(**options)[1]}
         if isinstance(inputs, str):
             return next(self._records([inputs], **options))
+        if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__") and not isinstance(inputs, Iterable):
+            inputs = map(inputs.__getitem__, range(len(inputs)))  # transformers' KeyDataset, for instance
         if isinstance(inputs, bytes | dict) or not isinstance(inputs, Iterable):
             raise ValueError(f"inputs {text_problem(inputs)}, nor a list of texts.")
         if isinstance(inputs, list | tuple):
@@ -283,7 +301,10 @@ class MultiTaskPipeline(Pipeline):
             mask[row, : len(window.input_ids)] = 1
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         out = self.model(**{name: value.to(self.device) for name, value in inputs.items()}, tasks=tasks)
-        embeddings = out.sentence_embedding.float().cpu().numpy()
+        vectors = out.sentence_embedding
+        if vectors.dtype != torch.float32:
+            vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)  # exactly unit length again
+        embeddings = vectors.cpu().numpy()
         logits = {name: value.float().cpu().numpy() for name, value in out.logits.items()}
         for row, window in enumerate(windows):
             window.embedding = embeddings[row].copy()

@@ -133,8 +133,9 @@ def main() -> None:
     args = parser.parse_args()
     recipe = Recipe.read(args.recipe)
     tasks = evaluate(args.model, Recipe.read(args.recipe, args.data), args.split, args.reference)
+    reference = " --reference ENCODER" if args.reference else ""
     result = {
-        "command": f"python -m evaluation.evaluate {args.model} --split {args.split}",
+        "command": f"python -m evaluation.evaluate MODEL --split {args.split}{reference}",
         "parameters": sum(x.numel() for x in AutoModel.from_pretrained(args.model, trust_remote_code=True).parameters()),
         "tasks": tasks,
         "recipe": dataclasses.asdict(recipe),

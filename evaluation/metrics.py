@@ -41,14 +41,14 @@ def token_spans(tokens: list[str]) -> list[tuple[int, int]]:
 def entities_to_tags(spans: list[tuple[int, int]], entities: list[dict]) -> list[str]:
     """Returns the BIO tag of each data set token, given its character span and the entities found in the text.
 
-    A token belongs to an entity if its first character does; an entity that starts or ends inside a token is wrong in
-    the strict sense, and becomes wrong here too: what it covers differs from the token.
+    An entity that starts or ends inside a token is wrong, whatever its group: it gets the group "<group>-partial".
     """
     tags = ["O"] * len(spans)
     for entity in entities:
-        inside = [i for i, (start, _) in enumerate(spans) if entity["start"] <= start < entity["end"]]
+        inside = [i for i, (start, end) in enumerate(spans) if start < entity["end"] and entity["start"] < end]
+        whole = (spans[inside[0]][0], spans[inside[-1]][1]) == (entity["start"], entity["end"])
         for i in inside:
-            tags[i] = ("B-" if i == inside[0] else "I-") + entity["entity_group"]
+            tags[i] = ("B-" if i == inside[0] else "I-") + entity["entity_group"] + ("" if whole else "-partial")
     return tags
 
 

@@ -88,7 +88,10 @@ def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> st
 def fill(text: str, marker: str, content: str) -> str:
     """Returns `text` with what stands between the comments `<!-- marker -->` and `<!-- /marker -->` replaced."""
     pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + content + match[2], text)
+    filled, count = pattern.subn(lambda match: match[1] + content + match[2], text)
+    if count != 1:
+        raise ValueError(f"the document must hold <!-- {marker} --> and <!-- /{marker} --> once; it does {count} times.")
+    return filled
 
 
 def render_card(card: str) -> str:

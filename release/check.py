@@ -20,6 +20,8 @@ _REQUIRED = ("tokenizer.json", "tokenizer_config.json", *CODE_FILES)
 def check(folder: str | Path) -> list[str]:
     """Returns one line for each thing that is wrong with a release folder; an empty list for a good one."""
     folder = Path(folder)
+    if not folder.is_dir():
+        return [f"{folder}: no such folder"]
     problems = [f"{name}: missing" for name in _REQUIRED if not (folder / name).is_file()]
     problems += [
         f"{path.relative_to(folder)}: may hold pickled code; releases carry safetensors only" for path in _pickles(folder)
@@ -82,7 +84,9 @@ def _check_sentence_transformers(folder: Path, config: MultiTaskConfig) -> list[
         max_length = _read(folder / "sentence_bert_config.json")["max_seq_length"]
         limit = _read(folder / "tokenizer_config.json")["model_max_length"]
     except (ValueError, KeyError, TypeError) as error:
-        return [f"sentence_bert_config.json, tokenizer_config.json: {error!r}"]
+        return [
+            f"sentence_bert_config.json, tokenizer_config.json: max_seq_length or model_max_length is missing ({error!r})"
+        ]
     problems = []
     if max_length != limit:
         problems.append(

@@ -99,6 +99,8 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype = torc
     for key, value in model.state_dict().items():
         name, file = release_key(key, model.base_model_prefix)
         files.setdefault(file, {})[name] = value.to(dtype if value.is_floating_point() else value.dtype).contiguous()
+    for file in {DENSE_FILE, HEADS_FILE, "2_Dense/config.json"}:
+        (output / file).unlink(missing_ok=True)  # left by an earlier release that had more parts
     for file, tensors in files.items():
         (output / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, output / file, metadata={"format": "pt"})
@@ -113,16 +115,17 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype = torc
     for path, content in {**documents, **sentence_transformers_files(model.config, max_length)}.items():
         (output / path).parent.mkdir(parents=True, exist_ok=True)
         (output / path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    _save_tokenizer(tokenizer, output)
+    _save_tokenizer(tokenizer, output, max_length)
     for name in CODE_FILES:
         if output.resolve() != ROOT:
             shutil.copyfile(ROOT / name, output / name)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, output: Path, max_length: int) -> None:
     """Saves a tokenizer without truncation, padding and other traces of the calls and folders it has seen."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(output)
     path = output / "tokenizer_config.json"
     fields = {name: value for name, value in json.loads(path.read_text("utf-8")).items() if name not in _CALL_SETTINGS}

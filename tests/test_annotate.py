@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -93,10 +94,9 @@ def write_input(path, file_format):
 @pytest.mark.parametrize("output", ["jsonl", "parquet"])
 def test_every_file_format_in_and_out_gives_the_same_rows(run, pipe, tmp_path, file_format, output):
     write_input(tmp_path / f"in.{file_format}", file_format)
-    code, out, err = run(
-        "--input", tmp_path / f"in.{file_format}", "--text-column", "review", "--output", tmp_path / f"out.{output}"
-    )
-    assert (code == 0 and out == "" and "4/4" in err) or "4 texts" in err, err
+    column = [] if file_format == "txt" else ["--text-column", "review"]
+    code, out, err = run("--input", tmp_path / f"in.{file_format}", *column, "--output", tmp_path / f"out.{output}")
+    assert code == 0 and out == "" and ("4/4" in err or "4 texts" in err), err
     if output == "jsonl":
         found = records((tmp_path / "out.jsonl").read_text())
     else:
@@ -160,6 +160,9 @@ def test_standard_input_is_read_as_text_lines_or_as_told(release):
         ([], "give either texts or --input"),
         (["x", "--input", "y.csv"], "give either texts or --input"),
         (["x", "--output", "out.csv"], "the name must end in .jsonl or .parquet"),
+        (["--input", "in.tsv"], "say what it holds with --input-format (csv, jsonl, parquet, text)"),
+        (["--input", "-", "--text-column", "a"], "--text-column needs an input of rows with columns"),
+        (["x", "--output", "no/such/out.jsonl"], "there is no folder no/such"),
         (["x", "--tasks", "irony"], r"tasks holds ['irony']; this model's tasks are: sentiment"),
         (["--input", "no-such-file.csv"], "--input no-such-file.csv cannot be read"),
         (["x", "--model", "/no/such/folder"], "--model /no/such/folder cannot be loaded"),
@@ -177,7 +180,31 @@ def test_a_missing_column_lists_the_columns_there_are(run, tmp_path):
     for name in ("in.csv", "in.parquet"):
         code, _, err = run("--input", tmp_path / name, "--output", tmp_path / "out.jsonl")
         assert code != 0 and "--text-column text: the file has the columns id, review" in err
-        assert not (tmp_path / "out.jsonl").exists()
+        assert sorted(x.name for x in tmp_path.iterdir()) == ["in.csv", "in.parquet"], "nothing half-written stays"
+
+
+def test_endings_count_in_any_case_and_what_is_no_text_is_refused(run, tmp_path):
+    write_input(tmp_path / "IN.CSV", "csv")
+    _, out, _ = run("--input", tmp_path / "IN.CSV", "--text-column", "review", "--tasks", "rating", "--no-embedding")
+    assert [x["text"] for x in records(out)] == ROWS
+    (tmp_path / "wide.txt").write_text("one\ntwo\n", "utf-16")
+    code, out, err = run("--input", tmp_path / "wide.txt")
+    assert code != 0 and "is compressed or UTF-16" in err and out == ""
+
+
+def test_json_nested_beyond_reason_costs_only_its_row(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text("[" * 100_000 + '\n{"text": "fine"}\n')
+    code, out, err = run("--input", tmp_path / "in.jsonl", "--tasks", "rating", "--no-embedding")
+    assert code == 0 and ["error" in x for x in records(out)] == [True, False] and "1 rows" in err
+
+
+def test_a_console_of_few_characters_still_shows_the_summary(release):
+    command = [sys.executable, str(ROOT / "annotate.py"), "--model", str(release), "love 😀"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    plain = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"8 numbers" in plain.stdout and plain.stderr == b""
+    lines = subprocess.run([*command, "--json"], env=environment, capture_output=True, check=True)
+    assert json.loads(lines.stdout.decode("utf-8"))["text"] == "love 😀"
 
 
 def test_a_broken_parquet_file_is_named(run, tmp_path):

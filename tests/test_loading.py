@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -94,11 +95,12 @@ def test_a_saved_checkpoint_reloads_whole(release, saved_by, tmp_path):
     if saved_by == "pipeline":
         pipeline("multitask", model=str(release), trust_remote_code=True, device="cpu").save_pretrained(str(tmp_path))
     else:
-        view = AutoModelForTokenClassification.from_pretrained(release, trust_remote_code=True)
+        view = AutoModelForTokenClassification.from_pretrained(release, trust_remote_code=True, task="pos")
         (original if saved_by == "model" else view).save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["architectures"] == ["BertModel"] and fields["model_type"] == "bert"
-    assert "multitask_weights" not in fields and list(fields["tasks"]) == list(TASKS)
+    assert "multitask_weights" not in fields
+    assert list(fields["tasks"]) == (["pos", *(x for x in TASKS if x != "pos")] if saved_by == "view" else list(TASKS))
     inputs = tokenizer(TEXTS[0], return_tensors="pt", truncation=True)
     with torch.no_grad():
         expected = original(**inputs)
@@ -108,9 +110,39 @@ def test_a_saved_checkpoint_reloads_whole(release, saved_by, tmp_path):
             assert all(torch.equal(out.logits[name], expected.logits[name]) for name in TASKS)
         view = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True, task="topics")
         assert torch.equal(view(**inputs).logits, expected.logits["topics"])
-    if saved_by == "pipeline":
-        record = pipeline("multitask", model=str(tmp_path), trust_remote_code=True, device="cpu")(TEXTS[0])
-        assert set(record["labels"]) == {"sentiment", "topics", "rating"}
+        view = AutoModelForTokenClassification.from_pretrained(tmp_path, trust_remote_code=True)
+        first = "pos" if saved_by == "view" else "ner"
+        assert torch.equal(view(**inputs).logits, expected.logits[first]), "a saved view opens on the same head"
+    tokenizer.save_pretrained(tmp_path)
+    record = pipeline("multitask", model=str(tmp_path), trust_remote_code=True, device="cpu")(TEXTS[0])
+    assert set(record["labels"]) == {"sentiment", "topics", "rating"}
+
+
+def test_a_configuration_saved_into_its_release_goes_on_loading(release, tmp_path):
+    copy = Path(shutil.copytree(release, tmp_path / "copy"))
+    config = AutoConfig.from_pretrained(copy, trust_remote_code=True)
+    config.tasks["sentiment"]["temperature"] = 2.0
+    config.save_pretrained(copy)
+    before, after = (AutoModel.from_pretrained(x, trust_remote_code=True) for x in (release, copy))
+    inputs = AutoTokenizer.from_pretrained(release)(TEXTS[0], return_tensors="pt", truncation=True)
+    with torch.no_grad():
+        torch.testing.assert_close(after(**inputs).logits["sentiment"] * 2, before(**inputs).logits["sentiment"])
+
+
+def test_another_number_of_labels_is_refused_and_not_ignored(release):
+    for options in ({"num_labels": 5}, {"id2label": {0: "a", 1: "b", 2: "c"}}):
+        with pytest.raises(ValueError, match=r"the head 'sentiment' has \['negative'.*add_task"):
+            AutoModelForSequenceClassification.from_pretrained(release, trust_remote_code=True, **options)
+
+
+def test_tuples_asked_for_while_loading(release):
+    inputs = AutoTokenizer.from_pretrained(release)("so sad", return_tensors="pt")
+    with torch.no_grad():
+        out = AutoModel.from_pretrained(release, trust_remote_code=True, return_dict=False)(**inputs)
+        view = AutoModelForSequenceClassification.from_pretrained(release, trust_remote_code=True, return_dict=False)(
+            **inputs
+        )
+    assert isinstance(out, tuple) and isinstance(view, tuple) and view[0].shape == (1, 3)
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)

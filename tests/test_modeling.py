@@ -219,6 +219,7 @@ def test_an_added_task_is_saved_and_loaded(tmp_path):
         ),
         (lambda m: m(IDS, labels={"topics": IDS[:, 0]}), r"labels have shape \[2\]; .* takes \[2, 2\]"),
         (lambda m: m(torch.ones(1, 40).long()), "The input has 40 tokens; this encoder takes 32. Tokenize with truncation"),
+        (lambda m: m(IDS, labels=IDS), "labels is a Tensor; it must be a dict"),
         (lambda m: m(attention_mask=MASK), "Neither input_ids nor inputs_embeds is given"),
         (lambda m: m.add_task("ner", TASKS["ner"]), "tasks has 'ner' already"),
         (lambda m: m.add_task("a.b", TASKS["ner"]), "task name 'a.b'"),
@@ -330,6 +331,12 @@ def test_half_precision_runs_in_its_dtype_and_stays_near(dtype):
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_text_without_tokens_has_the_zero_embedding(dtype):
+    out = run(tiny_model().to(dtype), IDS, torch.stack([MASK[0], torch.zeros_like(MASK[0])]))
+    assert torch.equal(out.sentence_embedding[1], torch.zeros(8, dtype=dtype)) and out.sentence_embedding[0].abs().sum() > 0
+
+
 def test_a_checkpoint_loads_in_the_dtype_asked_for(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
@@ -399,6 +406,18 @@ def test_a_view_cuts_what_the_encoder_cannot_take_and_says_so(view_class, caplog
         modeling_multitask.logger.removeHandler(caplog.handler)
     assert torch.equal(long.logits, short.logits)
     assert "A text of 50 tokens is cut to the first 32" in caplog.text
+
+
+def test_a_view_neither_cuts_a_batch_padded_on_the_left_nor_loses_its_own_task():
+    view = MultiTaskForSequenceClassification(tiny_config(), task="topics")
+    ids, mask = torch.full((2, 40), 5), torch.ones(2, 40).long()
+    mask[1, :20] = 0
+    with pytest.raises(ValueError, match="padded on the left cannot be cut to the 32"):
+        view(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="This view shows the task 'topics'"):
+        view.remove_task("topics")
+    view.remove_task("ner")
+    assert "ner" not in view.config.tasks
 
 
 def test_a_view_of_a_missing_kind_says_what_there_is():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modeling_multitask import MultiTaskForTokenClassification
 from pipeline_multitask import BioScheme, text_problem, word_starts
 from tests.conftest import TASKS, TEXTS, WINDOW, tiny_model, tiny_tokenizer
 
@@ -55,6 +56,7 @@ def test_accents_emoji_and_scripts_keep_exact_offsets(family):
     combining = "Zoe\u0308 in Orle\u0301ans"  # e + combining marks
     assert [x for x in words(family, combining) if x[0] in "ZO"] == ["Zoe\u0308", "Orle\u0301ans"]
     assert words(family, "Paris 😀 ok")[0::2] == ["Paris", "ok"]
+    assert words(family, "हिन्दी ok") == ["हिन्दी", "ok"], "vowel signs belong to their letters"
     assert words(family, "شكرا Paris")[-1] == "Paris"
 
 
@@ -68,7 +70,7 @@ def test_words_are_ordered_and_disjoint_and_never_hold_a_space_at_their_ends(tex
     assert [start for start, _ in begun] == sorted({start for start, _ in begun})
     for start, end in begun:
         assert 0 <= start < end <= len(text)
-        assert not text[start].isspace() and not unicodedata.combining(text[start])
+        assert not text[start].isspace() and not unicodedata.category(text[start]).startswith("M")
     for (_, end), (start, _) in itertools.pairwise(begun):
         assert end <= start
 
@@ -185,10 +187,28 @@ def test_lists_give_lists_and_streams_give_streams(pipe):
             drawn.append(i)
             yield f"text {i}"
 
+    class Rows:  # a data set without __iter__, like transformers' KeyDataset
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return TEXTS[index]
+
+    assert len(list(pipe(Rows(), tasks=[]))) == 2
     records = pipe(stream(), tasks=[])
     first = list(itertools.islice(records, 3))
     assert len(first) == 3 and len(drawn) <= 1024, "an endless stream is read one chunk at a time"
     np.testing.assert_allclose(first[2]["sentence_embedding"], pipe("text 2")["sentence_embedding"], atol=1e-5)
+
+
+def test_half_precision_gives_unit_vectors(pipe):
+    from pipeline_multitask import MultiTaskPipeline
+
+    half = MultiTaskPipeline(model=tiny_model().half(), tokenizer=tiny_tokenizer(), device="cpu")
+    for text in TEXTS:
+        vector = half(text)["sentence_embedding"]
+        assert vector.dtype == np.float32 and np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+        assert vector @ pipe(text)["sentence_embedding"] > 0.99
 
 
 # Long texts
@@ -285,6 +305,10 @@ def test_a_text_of_a_million_characters(pipe):
     [
         ({"tasks": ["irony"]}, r"tasks holds \['irony'\]; this model's tasks are: sentiment, topics, rating, ner, pos"),
         ({"batch_tokens": 0}, "batch_tokens is 0; allowed: a positive integer"),
+        (
+            {"batch_size": 8},
+            r"unknown options \['batch_size'\]; the multitask pipeline takes tasks, embedding and batch_tokens",
+        ),
     ],
 )
 def test_options_are_checked(pipe, options, message):
@@ -299,6 +323,10 @@ def test_the_pipeline_refuses_a_plain_encoder(release):
 
     with pytest.raises(ValueError, match="needs a MultiTaskModel, and got a BertModel"):
         MultiTaskPipeline(model=AutoModel.from_pretrained(release), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="got a MultiTaskForTokenClassification"):
+        MultiTaskPipeline(model=MultiTaskForTokenClassification.from_pretrained(release), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="batch_size is 8"):
+        MultiTaskPipeline(model=tiny_model(), tokenizer=tiny_tokenizer(), batch_size=8)
 
 
 @pytest.mark.parametrize(

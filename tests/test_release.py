@@ -72,6 +72,20 @@ def test_half_precision_weights_load_as_float32(release, tmp_path):
     assert torch.equal(loaded.linear.weight, model.linear.weight.half().float())
 
 
+def test_export_sets_a_missing_length_and_clears_what_an_earlier_release_left(release, tmp_path):
+    from release.export import export
+
+    model = tiny_model(tasks={}, embedding_dim=None)
+    model.save_pretrained(tmp_path / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(release)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    output = Path(shutil.copytree(release, tmp_path / "output"))
+    export(tmp_path / "checkpoint", output)
+    assert check(output) == [] and not (output / "heads/model.safetensors").exists()
+    assert json.loads((output / "tokenizer_config.json").read_text())["model_max_length"] == 32
+
+
 # The lint
 
 
@@ -132,6 +146,10 @@ def test_the_lint_names_what_is_wrong(release, damage, tmp_path):
     breaking(broken)
     problems = check(broken)
     assert any(message in problem for problem in problems), problems
+
+
+def test_the_lint_of_no_folder():
+    assert check("/no/such/folder") == ["/no/such/folder: no such folder"]
 
 
 def test_the_lint_accepts_other_shapes_of_model(tmp_path):
@@ -224,7 +242,8 @@ def test_entities_become_tags_and_a_part_of_a_token_is_not_the_token():
     spans = [(0, 3), (4, 8), (9, 18)]  # "Tim Cook New-Yorker"
     whole = [{"start": 0, "end": 8, "entity_group": "PER"}]
     assert entities_to_tags(spans, whole) == ["B-PER", "I-PER", "O"]
-    assert entities_to_tags(spans, [{"start": 13, "end": 18, "entity_group": "LOC"}]) == ["O", "O", "O"]
+    assert entities_to_tags(spans, [{"start": 13, "end": 18, "entity_group": "LOC"}]) == ["O", "O", "B-LOC-partial"]
+    assert entities_to_tags(spans, [{"start": 9, "end": 12, "entity_group": "LOC"}]) == ["O", "O", "B-LOC-partial"]
 
 
 def test_metrics_by_hand():

@@ -57,8 +57,8 @@ def class_names(data: Dataset, column: str) -> list[str]:
 def check_labels(labels: Iterable[int], num_labels: int, where: str) -> None:
     """Raises a ValueError that names the row if a label is not in 0 … num_labels - 1."""
     for row, label in enumerate(labels):
-        if not 0 <= label < num_labels:
-            raise ValueError(f"{where}, row {row}: label {label} is outside 0 … {num_labels - 1}.")
+        if not isinstance(label, int) or not 0 <= label < num_labels:
+            raise ValueError(f"{where}, row {row}: label {label!r} is outside 0 … {num_labels - 1}.")
 
 
 def align_tags(text: str, encoding: Any, spans: list[tuple[int, int]], tags: list[str]) -> list[str | None]:

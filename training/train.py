@@ -66,9 +66,9 @@ def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id:
     vectors = torch.empty(len(rows), encoder.config.hidden_size)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        inputs = pad_batch([rows[i] for i in chosen], pad_token_id)
+        inputs = {name: x.to(encoder.device) for name, x in pad_batch([rows[i] for i in chosen], pad_token_id).items()}
         hidden = encoder(**inputs).last_hidden_state
-        vectors[chosen] = pool(hidden, inputs["attention_mask"], pooling_mode)
+        vectors[chosen] = pool(hidden, inputs["attention_mask"], pooling_mode).float().cpu()
     return vectors
 
 
@@ -213,6 +213,23 @@ def add_targets(
     return torch.cat(everything)
 
 
+def training_arguments(output: Path, options: TrainingRecipe) -> TrainingArguments:
+    """Returns the Trainer's settings; rates are in the optimizer, batches and epochs in `TaskBatches`."""
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=1,  # one item of TaskBatches is a whole batch
+        num_train_epochs=1,
+        warmup_steps=options.warmup_ratio,
+        seed=options.seed,
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
@@ -233,6 +250,7 @@ def main() -> None:
     loaded = {name: load_examples(task, "train", tokenizer) for name, task in recipe.tasks.items()}
     examples = {name: found for name, (found, _) in loaded.items()}
     model, encoder = new_model(recipe, {name: labels for name, (_, labels) in loaded.items()})
+    encoder.to(training_arguments(args.output, options).device)
     vectors = add_targets(recipe.tasks, examples, encoder, model, tokenizer.pad_token_id)
     batches = TaskBatches(recipe.tasks, examples, tokenizer.pad_token_id, options.seed)
     if model.linear is not None:
@@ -240,19 +258,7 @@ def main() -> None:
     freeze(model, options.freeze)
     trainer = MultiTaskTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(args.output),
-            per_device_train_batch_size=1,  # one item of TaskBatches is a whole batch
-            num_train_epochs=1,  # a task's own epochs are in TaskBatches
-            warmup_steps=options.warmup_ratio,
-            seed=options.seed,
-            logging_steps=50,
-            save_steps=500,
-            save_total_limit=2,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
-        ),
+        args=training_arguments(args.output, options),
         train_dataset=batches,
         data_collator=lambda items: items[0],
         processing_class=tokenizer,
