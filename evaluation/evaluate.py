@@ -22,6 +22,7 @@ from evaluation.metrics import (
     classification_metrics,
     entities_to_tags,
     entity_metrics,
+    mean_cosine,
     neighbours_kept,
     similarity_metrics,
     token_spans,
@@ -31,6 +32,7 @@ from training.recipe import Recipe, TaskRecipe
 from training.train import encode
 
 ROOT = Path(__file__).resolve().parent.parent
+NEIGHBOURS = 10
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "seqeval", "scikit-learn")
 
 
@@ -54,38 +56,35 @@ def evaluate_token(pipe: Any, name: str, task: TaskRecipe, data: Any) -> dict[st
     return entity_metrics(truth, predicted)
 
 
-def evaluate_pairs(pipe: Any, task: TaskRecipe, data: Any, prefix_dims: list[int]) -> dict[str, float]:
-    """Returns Spearman's correlation for the embedding, for its prefixes and for the encoder's own pooled vector."""
-    texts, half = [text for column in task.text_columns for text in data[column]], len(data)
-    embeddings = np.stack([record["sentence_embedding"] for record in pipe(texts, tasks=[])])
-    ids = pipe.tokenizer(texts, truncation=True)["input_ids"]
-    pooled = encode(pipe.model.encoder, ids, pipe.model.config.pooling_mode, pipe.tokenizer.pad_token_id).numpy()
-    views = {"spearman": embeddings, "spearman_raw": pooled}
-    views.update({f"spearman_{dim}": embeddings[:, :dim] for dim in prefix_dims})
-    scores = data[task.label_column]
-    return {name: similarity_metrics(view[:half], view[half:], scores) for name, view in views.items()}
+def evaluate_pairs(
+    pipe: Any, task: TaskRecipe, data: Any, prefix_dims: list[int], reference: str | None
+) -> dict[str, float]:
+    """Returns Spearman's correlation for the embedding, for its prefixes and for the encoder's own pooled vector.
 
-
-def evaluate_drift(pipe: Any, reference: str, texts: list[str]) -> dict[str, float]:
-    """Returns how near the embedding of `texts` still is to the starting encoder's.
-
-    `cosine_raw`: mean cosine similarity of the two encoders' pooled vectors; `neighbours_at_10`: share of each text's
-    ten nearest neighbours under the starting encoder that are so under the model's sentence embedding.
+    With `reference`, the starting encoder, also for its pooled vector, and how near the embedding still is to it:
+    `cosine_raw`, the mean cosine similarity of the two encoders' pooled vectors, and `neighbours_at_10`, the share of each
+    text's ten nearest neighbours under the starting encoder that are so under the model's sentence embedding.
     """
+    texts = [text for column in task.text_columns for text in data[column]]
     ids = pipe.tokenizer(texts, truncation=True)["input_ids"]
-    mode, pad = pipe.model.config.pooling_mode, pipe.tokenizer.pad_token_id
-    start, now = (
-        encode(encoder, ids, mode, pad) for encoder in (AutoModel.from_pretrained(reference).eval(), pipe.model.encoder)
-    )
+    mode, pad_token_id = pipe.model.config.pooling_mode, pipe.tokenizer.pad_token_id
     embeddings = np.stack([record["sentence_embedding"] for record in pipe(texts, tasks=[])])
-    return {
-        "cosine_raw": float(torch.nn.functional.cosine_similarity(start, now).mean()),
-        "neighbours_at_10": neighbours_kept(start.numpy(), embeddings),
-    }
+    views = {"spearman": embeddings, "spearman_raw": encode(pipe.model.encoder, ids, mode, pad_token_id).numpy()}
+    views.update({f"spearman_{dim}": embeddings[:, :dim] for dim in prefix_dims})
+    if reference:
+        views["spearman_reference"] = encode(AutoModel.from_pretrained(reference).eval(), ids, mode, pad_token_id).numpy()
+    half, scores = len(data), data[task.label_column]
+    metrics = {name: similarity_metrics(view[:half], view[half:], scores) for name, view in views.items()}
+    if reference:
+        distinct = sorted({text: row for row, text in enumerate(texts)}.values())
+        before, now = views["spearman_reference"][distinct], views["spearman_raw"][distinct]
+        metrics["cosine_raw"] = mean_cosine(before, now)
+        metrics[f"neighbours_at_{NEIGHBOURS}"] = neighbours_kept(before, embeddings[distinct], NEIGHBOURS)
+    return metrics
 
 
 def evaluate(model: str, recipe: Recipe, split: str, reference: str | None) -> dict[str, Any]:
-    """Returns, for each task of the recipe, its metrics and what it was measured on; with `reference`, pairs get the drift."""
+    """Returns, for each task of the recipe, its metrics and what it was measured on."""
     pipe = pipeline("multitask", model=model, trust_remote_code=True)
     results = {}
     for name, task in recipe.tasks.items():
@@ -95,10 +94,7 @@ def evaluate(model: str, recipe: Recipe, split: str, reference: str | None) -> d
         elif task.kind == TOKEN:
             metrics = evaluate_token(pipe, name, task, data)
         else:
-            metrics = evaluate_pairs(pipe, task, data, recipe.model.prefix_dims)
-            if reference:
-                texts = sorted({text for column in task.text_columns for text in data[column]})
-                metrics.update(evaluate_drift(pipe, reference, texts))
+            metrics = evaluate_pairs(pipe, task, data, recipe.model.prefix_dims, reference)
         results[name] = {"metrics": metrics, "split": split, "rows": len(data), "sha256": fingerprint(task, data)}
         print(name, json.dumps(metrics))
     return results

@@ -52,13 +52,23 @@ def entities_to_tags(spans: list[tuple[int, int]], entities: list[dict]) -> list
     return tags
 
 
+def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Returns the cosine similarity of each row of `first` and of `second`, float [N] for inputs float [N, E]."""
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return (first * second).sum(axis=1) / norms.clip(min=1e-12)
+
+
+def mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the mean cosine similarity of rows, in [-1, 1]."""
+    return float(cosines(first, second).mean())
+
+
 def similarity_metrics(first: np.ndarray, second: np.ndarray, scores: list[float]) -> float:
     """Returns Spearman's rank correlation in [-1, 1] of cosine similarities and gold scores; inputs float [N, E]."""
-    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return float(spearmanr((first * second).sum(axis=1) / norms.clip(min=1e-12), scores).statistic)
+    return float(spearmanr(cosines(first, second), scores).statistic)
 
 
-def neighbours_kept(before: np.ndarray, after: np.ndarray, count: int = 10) -> float:
+def neighbours_kept(before: np.ndarray, after: np.ndarray, count: int) -> float:
     """Returns which share, in [0, 1], of each text's nearest neighbours before is among its nearest after, on average.
 
     Args:

@@ -57,31 +57,31 @@ def table(results: dict[str, Any], described: dict[str, Any]) -> str:
     for name, task in described.items():
         found = results["tasks"][name]
         for metric in task["metrics"]:
-            others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in metric.get("published", []))
+            others = [f"{x['model']} {x['value']:.3f}" for x in metric.get("published", [])]
+            if measured := metric.get("measured"):
+                others.insert(0, f"{measured['model']} {found['metrics'][measured['key']]:.3f}")
             value = f"**{found['metrics'][metric['key']]:.3f}**"
             rows = f"{task['dataset_name']} ({found['rows']:,})"
-            lines.append(f"| {task['title']} | {rows} | {metric['name']} | {value} | {others} |")
+            lines.append(f"| {task['title']} | {rows} | {metric['name']} | {value} | {'; '.join(others)} |")
     return "\n".join(lines) + "\n"
 
 
 def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
-    """Returns a Markdown table of the same measures for several runs, given by their column titles.
-
-    A run that lacks a task (the starting encoder has no heads) gets an empty cell.
-    """
+    """Returns a Markdown table of the same measures for several runs, given by their column titles."""
     measures = [
         (f"{task['dataset_name']}, {metric['name']}", name, metric["key"])
         for name, task in described.items()
         for metric in task["metrics"]
     ]
     measures += [
+        ("STS-B, Spearman, starting encoder's own 384", "similarity", "spearman_reference"),
         ("mean cosine to the starting encoder", "similarity", "cosine_raw"),
         ("neighbours kept at 10", "similarity", "neighbours_at_10"),
     ]
     lines = ["| measure | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
     for title, name, key in measures:
-        values = [run["tasks"][name]["metrics"].get(key) if name in run["tasks"] else None for run in runs.values()]
-        lines.append(f"| {title} | " + " | ".join("" if x is None else f"{x:.3f}" for x in values) + " |")
+        values = [run["tasks"][name]["metrics"][key] for run in runs.values()]
+        lines.append(f"| {title} | " + " | ".join(f"{x:.3f}" for x in values) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -103,7 +103,6 @@ def render_card(card: str) -> str:
 def render_discussion(text: str) -> str:
     """Returns discussion.md with its tables made anew."""
     runs = {
-        "starting encoder": read("start_validation"),
         "heads at 2e-4": read("slow_heads_validation"),
         "heads at 2e-3": read("release_validation"),
     }

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertModel
 
+from evaluation import evaluate
 from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
@@ -191,6 +192,26 @@ def test_training_learns_every_task_and_leaves_frozen_embeddings_alone(folders, 
     assert love @ love_it > sad @ paris
     assert json.loads((tmp_path / "run/final/recipe.json").read_text())["training"]["seed"] == 3
     assert list(model.config.tasks) == ["mood", "ner"]
+
+
+def test_evaluation_measures_what_users_get_and_says_on_what(folders, tmp_path, monkeypatch):
+    train_tiny(folders, tmp_path, monkeypatch, freeze="word_embeddings", epochs=60)
+    for folder in ("mood", "names", "pairs"):
+        (folders / folder / "train.parquet").rename(folders / folder / "validation.parquet")
+    final, output = str(tmp_path / "run/final"), tmp_path / "results/tiny.json"
+    arguments = [final, "--recipe", str(tmp_path / "recipe.toml"), "--reference", str(tmp_path / "encoder")]
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments, "--output", str(output)])
+    monkeypatch.setattr("evaluation.evaluate.NEIGHBOURS", 2)
+    evaluate.main()
+    found = json.loads(output.read_text())
+    assert found["tasks"]["mood"]["metrics"] == {"macro_recall": 1.0, "macro_f1": 1.0, "accuracy": 1.0}
+    assert found["tasks"]["ner"]["metrics"]["f1"] == 1.0 and found["tasks"]["ner"]["rows"] == 4
+    pairs = found["tasks"]["similarity"]["metrics"]
+    assert pairs["spearman"] == 1.0 and {"spearman_4", "spearman_raw", "spearman_reference"} <= set(pairs)
+    assert 0.5 < pairs["cosine_raw"] < 1 and 0 <= pairs["neighbours_at_2"] <= 1
+    assert found["command"].endswith("--split validation --reference ENCODER") and found["recipe"]["training"]["seed"] == 3
+    assert {"revision", "libraries", "hardware", "parameters"} <= set(found)
+    assert str(tmp_path) not in json.dumps({name: x for name, x in found.items() if name != "recipe"})
 
 
 def test_a_frozen_encoder_is_bit_identical_after_training(folders, tmp_path, monkeypatch):
