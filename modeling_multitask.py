@@ -1,7 +1,9 @@
 """The multi-task sentence transformer: one encoder pass gives a sentence embedding, text labels and word labels.
 
-Read it from the top: pooling, one head, its loss, the model around them, and the two views that show a single head
-through transformers' standard classes. Axes: B batch, T tokens, H hidden, E embedding, C labels, L layers.
+Read it from the top: pooling, one head, its loss, the model around them, the two views that show a single head through
+transformers' standard classes, and at the end what makes sure that all weights are there.
+
+Axes: B batch, T tokens, H hidden, E embedding, C labels, L layers.
 """
 
 import copy
@@ -387,62 +389,6 @@ class MultiTaskModel(PreTrainedModel):
             logger.warning(f'{name} was not found; copy it into {save_directory} to load pipeline("multitask") from there.')
 
 
-def check_weight_map(index: Any, source: str) -> dict[str, str]:
-    """Returns the weight map of a parsed index after checking its form.
-
-    Raises:
-        WeightsError: It is no index, or names a file outside its folder or one that is not safetensors.
-    """
-    fields = index if isinstance(index, dict) else {}
-    weight_map = fields.get("weight_map")
-    if not isinstance(fields.get("metadata"), dict) or not isinstance(weight_map, dict):
-        raise WeightsError(f"{source}: needs the objects 'metadata' and 'weight_map' at its root.")
-    for key, file in weight_map.items():
-        path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath("..")
-        if path.is_absolute() or ".." in path.parts or "\\" in str(file) or path.suffix != ".safetensors":
-            raise WeightsError(
-                f"{source}: weight_map[{key!r}] is {file!r}; allowed: a *.safetensors file inside the model's folder."
-            )
-    return weight_map
-
-
-def _read_weight_map(folder: str | Path | None, config: MultiTaskConfig, hub: dict[str, Any]) -> dict[str, str]:
-    index_name = getattr(config, "transformers_weights", None)
-    if folder is None or index_name is None:
-        return {}
-    try:
-        return check_weight_map(json.loads(Path(cached_file(folder, index_name, **hub)).read_text("utf-8")), index_name)
-    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
-        raise WeightsError(
-            f"{index_name}, which config.json names in 'multitask_weights', is unreadable: {error}"
-        ) from error
-
-
-def _unreadable(folder: str | Path, files: list[str], hub: dict[str, Any], error: Exception) -> str:
-    """Returns a message that names the file of `files` which made loading fail, if one can be told."""
-    for file in files:
-        try:
-            with safe_open(cached_file(folder, file, **hub), framework="pt"):
-                pass
-        except Exception as cause:
-            return f"{folder}: the weights file {file} is missing or broken ({cause}). Fetch it again."
-    return f"{folder}: the weights could not be read: {error}"
-
-
-def _loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: MultiTaskConfig) -> list[str]:
-    """Returns one line for each weight that did not load as it should."""
-    where = {key.removeprefix("model."): file for key, file in weight_map.items()}
-    problems = [f"{key}: missing in {where.get(key, 'the stored weights')}" for key in sorted(info["missing_keys"])]
-    problems += [f"{key}: stored, but config.json describes no such weight" for key in sorted(info["unexpected_keys"])]
-    for key, stored, expected in sorted(info["mismatched_keys"]):
-        problem = f"{key}: {where.get(key, 'the file')} holds shape {list(stored)}, config.json asks for {list(expected)}"
-        if key.startswith("heads."):
-            task = key.split(".")[1]
-            problem += f" (tasks.{task}.labels has {len(config.tasks[task]['labels'])} labels)"
-        problems.append(problem)
-    return problems
-
-
 class _HeadView(MultiTaskModel):
     """The whole model, seen through one of its heads: the standard output and configuration of that one task.
 
@@ -453,6 +399,7 @@ class _HeadView(MultiTaskModel):
 
     def __init__(self, config: MultiTaskConfig, task: str | None = None) -> None:
         config = copy.deepcopy(config)
+        config.check()
         self.task = config.pick_task(self.kind, task)
         config.tasks = {self.task: config.tasks[self.task], **config.tasks}
         _refuse_other_labels(config, self.task)
@@ -568,6 +515,68 @@ class MultiTaskForTokenClassification(_HeadView):
         return TokenClassifierOutput(
             loss=out.loss, logits=out.logits[self.task], hidden_states=out.hidden_states, attentions=out.attentions
         )
+
+
+# Reading stored weights: what `from_pretrained` checks, and how it says what is wrong
+
+
+def check_weight_map(index: Any, source: str) -> dict[str, str]:
+    """Returns the weight map of a parsed index after checking its form.
+
+    Raises:
+        WeightsError: It is no index, or names a file outside its folder or one that is not safetensors.
+    """
+    fields = index if isinstance(index, dict) else {}
+    weight_map = fields.get("weight_map")
+    if not isinstance(fields.get("metadata"), dict) or not isinstance(weight_map, dict):
+        raise WeightsError(f"{source}: needs the objects 'metadata' and 'weight_map' at its root.")
+    for key, file in weight_map.items():
+        path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath("..")
+        if path.is_absolute() or ".." in path.parts or "\\" in str(file) or path.suffix != ".safetensors":
+            raise WeightsError(
+                f"{source}: weight_map[{key!r}] is {file!r}; allowed: a *.safetensors file inside the model's folder."
+            )
+    return weight_map
+
+
+def _read_weight_map(folder: str | Path | None, config: MultiTaskConfig, hub: dict[str, Any]) -> dict[str, str]:
+    index_name = getattr(config, "transformers_weights", None)
+    if folder is None or index_name is None:
+        return {}
+    try:
+        return check_weight_map(json.loads(Path(cached_file(folder, index_name, **hub)).read_text("utf-8")), index_name)
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
+        raise WeightsError(
+            f"{index_name}, which config.json names in 'multitask_weights', is unreadable: {error}"
+        ) from error
+
+
+def _unreadable(folder: str | Path, files: list[str], hub: dict[str, Any], error: Exception) -> str:
+    """Returns a message that names the file of `files` which made loading fail, if one can be told."""
+    for file in files:
+        try:
+            with safe_open(cached_file(folder, file, **hub), framework="pt"):
+                pass
+        except Exception as cause:
+            return f"{folder}: the weights file {file} is missing or broken ({cause}). Fetch it again."
+    return f"{folder}: the weights could not be read: {error}"
+
+
+def _loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: MultiTaskConfig) -> list[str]:
+    """Returns one line for each weight that did not load as it should."""
+
+    def where(key: str) -> str:  # the index holds the encoder's keys without the model's prefix
+        return weight_map.get(key) or weight_map.get(key.partition(".")[2]) or "the stored weights"
+
+    problems = [f"{key}: missing in {where(key)}" for key in sorted(info["missing_keys"])]
+    problems += [f"{key}: stored, but config.json describes no such weight" for key in sorted(info["unexpected_keys"])]
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        problem = f"{key}: {where(key)} holds shape {list(stored)}, config.json asks for {list(expected)}"
+        if key.startswith("heads."):
+            task = key.split(".")[1]
+            problem += f" (tasks.{task}.labels has {len(config.tasks[task]['labels'])} labels)"
+        problems.append(problem)
+    return problems
 
 
 MultiTaskModel.register_for_auto_class("AutoModel")

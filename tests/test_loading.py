@@ -279,6 +279,10 @@ DAMAGE = {
         lambda r: edit_weights(r / HEADS, lambda x: x.pop("heads.ner.classifier.bias")),
         f"heads.ner.classifier.bias: missing in {HEADS}",
     ),
+    "encoder weight missing": (
+        lambda r: edit_weights(r / "model.safetensors", lambda x: x.pop("embeddings.LayerNorm.bias")),
+        "bert.embeddings.LayerNorm.bias: missing in model.safetensors",
+    ),
     "weight too many": (
         lambda r: edit_weights(r / HEADS, lambda x: x.update(other=torch.zeros(2))),
         "other: stored, but config.json describes no such weight",
