@@ -193,7 +193,7 @@ def test_the_vector_is_the_same_through_sentence_transformers(shipped):
     np.testing.assert_allclose(ours, vectors, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "metric", "floor"), [("sentiment", "macro_recall", 0.62), ("emotion", "macro_f1", 0.62)])
+@pytest.mark.parametrize(("name", "metric", "floor"), [("sentiment", "macro_recall", 0.67), ("emotion", "macro_f1", 0.66)])
 def test_quality_of_text_labels_does_not_fall(shipped, name, metric, floor):
     rows = sample(name)
     records = shipped([row["text"] for row in rows], tasks=[name], embedding=False)
@@ -209,7 +209,7 @@ def test_quality_of_entities_does_not_fall(shipped):
         for row, record in zip(rows, records, strict=True)
     ]
     found = entity_metrics([row["tags"] for row in rows], predicted)
-    assert len(rows) == 200 and found["f1"] >= 0.85, found
+    assert len(rows) == 200 and found["f1"] >= 0.86, found
 
 
 def test_quality_of_embeddings_does_not_fall(shipped):
@@ -220,7 +220,7 @@ def test_quality_of_embeddings_does_not_fall(shipped):
     )
     scores = [row["score"] for row in rows]
     assert len(rows) == 200
-    assert similarity_metrics(first, second, scores) >= 0.80
+    assert similarity_metrics(first, second, scores) >= 0.81
     assert similarity_metrics(first[:, :64], second[:, :64], scores) >= 0.75, "a prefix is a good embedding too"
 
 
