@@ -232,14 +232,12 @@ class MultiTaskModel(PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         mixing = any(self.heads[name].layer_weights is not None for name in names)
         inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids if "token_type_ids" in self._encoder_inputs else None,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "output_attentions": output_attentions,
-        }
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds, "output_attentions": output_attentions,
+        }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        if "token_type_ids" not in self._encoder_inputs:
+            inputs.pop("token_type_ids", None)
         self._check_length(inputs)
         encoded = self.encoder(**inputs, output_hidden_states=output_hidden_states or mixing, return_dict=True, **kwargs)
 
@@ -396,6 +394,7 @@ class _HeadView(MultiTaskModel):
     """
 
     kind: ClassVar[str]
+    output_class: ClassVar[type[ModelOutput]]
 
     def __init__(self, config: MultiTaskConfig, task: str | None = None) -> None:
         config = copy.deepcopy(config)
@@ -419,28 +418,50 @@ class _HeadView(MultiTaskModel):
             raise ValueError(f"This view shows the task {name!r}; load the model with another task= to remove it.")
         super().remove_task(name)
 
-    def _view(self, inputs: dict[str, Any], labels: Tensor | None, **kwargs: Any) -> MultiTaskOutput:
-        """Runs the one head; texts beyond the encoder's length lose their end, with a warning.
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | TokenClassifierOutput:
+        """Returns the head's logits, float [B, C] or [B, T, C], and its loss if labels are given.
 
-        The standard pipelines do not truncate by themselves.
+        The arguments are those of `MultiTaskModel.forward`, `labels` those of the one task. Texts beyond the encoder's
+        length lose their end, with a warning: the standard pipelines do not truncate by themselves.
         """
-        sizes = [value.shape[1] for value in inputs.values() if value is not None]
-        limit = self.max_length
-        if limit is not None and max(sizes, default=0) > limit:
-            logger.warning_once(
-                f"A text of {max(sizes)} tokens is cut to the first {limit}, which is all that this encoder takes; "
-                'pipeline("multitask") reads long texts in windows.'
-            )
-            mask = inputs["attention_mask"]
-            if mask is not None and not mask[:, 0].all():
-                raise ValueError(
-                    f"A text of {max(sizes)} tokens in a batch padded on the left cannot be cut to the {limit} that this "
-                    "encoder takes. Tokenize with truncation=True."
-                )
-            inputs = {name: None if value is None else value[:, :limit] for name, value in inputs.items()}
-            labels = labels[:, :limit] if labels is not None and self.kind == TOKEN else labels
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        inputs, labels = self._cut({name: x for name, x in inputs.items() if x is not None}, labels)
         labelled = None if labels is None else {self.task: labels}
-        return super().forward(**inputs, tasks=[self.task], labels=labelled, return_dict=True, **kwargs)
+        out = super().forward(**inputs, tasks=[self.task], labels=labelled, return_dict=True, **kwargs)
+        return self.output_class(
+            loss=out.loss, logits=out.logits[self.task], hidden_states=out.hidden_states, attentions=out.attentions
+        )
+
+    def _cut(self, inputs: dict[str, Tensor], labels: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Returns inputs and labels without what the encoder cannot take."""
+        length, limit = max((x.shape[1] for x in inputs.values()), default=0), self.max_length
+        if limit is None or length <= limit:
+            return inputs, labels
+        mask = inputs.get("attention_mask")
+        if mask is not None and not mask[:, 0].all():
+            raise ValueError(
+                f"A text of {length} tokens in a batch padded on the left cannot be cut to the {limit} that this "
+                "encoder takes. Tokenize with truncation=True."
+            )
+        logger.warning_once(
+            f"A text of {length} tokens is cut to the first {limit}, which is all that this encoder takes; "
+            'pipeline("multitask") reads long texts in windows.'
+        )
+        labels = labels[:, :limit] if labels is not None and self.kind == TOKEN else labels
+        return {name: x[:, :limit] for name, x in inputs.items()}, labels
 
 
 def _refuse_other_labels(config: MultiTaskConfig, task: str) -> None:
@@ -462,27 +483,7 @@ class MultiTaskForSequenceClassification(_HeadView):
     """
 
     kind = SEQUENCE
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Returns the head's logits, float [B, C], and its loss if labels are given; see `MultiTaskModel.forward`."""
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
-        out = self._view(inputs, labels, **kwargs)
-        return SequenceClassifierOutput(
-            loss=out.loss, logits=out.logits[self.task], hidden_states=out.hidden_states, attentions=out.attentions
-        )
+    output_class = SequenceClassifierOutput
 
 
 class MultiTaskForTokenClassification(_HeadView):
@@ -494,27 +495,7 @@ class MultiTaskForTokenClassification(_HeadView):
     """
 
     kind = TOKEN
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        """Returns the head's logits, float [B, T, C], and its loss if labels are given; see `MultiTaskModel.forward`."""
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
-        out = self._view(inputs, labels, **kwargs)
-        return TokenClassifierOutput(
-            loss=out.loss, logits=out.logits[self.task], hidden_states=out.hidden_states, attentions=out.attentions
-        )
+    output_class = TokenClassifierOutput
 
 
 # Reading stored weights: what `from_pretrained` checks, and how it says what is wrong
