@@ -1,6 +1,8 @@
 """Training data and the training loop: labels land where they should, and a model learns from every kind of task."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,25 @@ def test_evaluation_measures_what_users_get_and_says_on_what(folders, tmp_path, 
 def test_a_frozen_encoder_is_bit_identical_after_training(folders, tmp_path, monkeypatch):
     model, start = train_tiny(folders, tmp_path, monkeypatch, freeze="encoder", epochs=2)
     assert all(torch.equal(x, y) for x, y in zip(model.encoder.parameters(), start.parameters(), strict=True))
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(folders, tmp_path, monkeypatch):
+    make = train.training_arguments
+
+    def save_often(*args):
+        arguments = make(*args)
+        arguments.save_steps = 5
+        return arguments
+
+    monkeypatch.setattr(train, "training_arguments", save_often)
+    whole, _ = train_tiny(folders, tmp_path, monkeypatch, freeze="word_embeddings", epochs=4)
+    for name in ("final", "checkpoint-16"):
+        shutil.rmtree(tmp_path / "run" / name)
+    assert (tmp_path / "run/checkpoint-15").is_dir()
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--resume"])
+    train.main()
+    resumed = MultiTaskModel.from_pretrained(tmp_path / "run/final")
+    assert all(torch.equal(x, resumed.state_dict()[key]) for key, x in whole.state_dict().items())
 
 
 def test_every_problem_of_a_recipe_is_reported_at_once(tmp_path):
