@@ -366,31 +366,33 @@ class MultiTaskModel(PreTrainedModel):
         self._save_pipeline_code(save_directory)
 
     def _save_pipeline_code(self, save_directory: str | Path) -> None:
-        """Copies the pipeline's file, which transformers does not count as the model's, from beside this one's source."""
-        name = "pipeline_multitask.py"
-        candidates = [Path(__file__).with_name(name)]
-        if self.name_or_path:
-            found = cached_file(
-                self.name_or_path,
-                name,
-                local_files_only=True,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                _raise_exceptions_for_gated_repo=False,
-            )
-            candidates += [Path(found)] if found else []
-        for source in candidates:
-            if source.exists() and source.resolve() != Path(save_directory, name).resolve():
-                shutil.copyfile(source, Path(save_directory, name))
+        """Copies the pipeline's file, which transformers does not count as the model's.
+
+        It is looked for beside this file and in the local folder that the model came from: both are of its own revision.
+        """
+        target = Path(save_directory, "pipeline_multitask.py")
+        for folder in filter(None, (Path(__file__).parent, self.name_or_path)):
+            source = Path(folder, target.name)
+            if source.exists() and source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
                 return
-        if not Path(save_directory, name).exists():
-            logger.warning(f'{name} was not found; copy it into {save_directory} to load pipeline("multitask") from there.')
+        if not target.exists():
+            logger.warning(
+                f'{target.name} was not found; copy it into {save_directory} to load pipeline("multitask") from there.'
+            )
 
 
 class _HeadView(MultiTaskModel):
     """The whole model, seen through one of its heads: the standard output and configuration of that one task.
 
     The task becomes the first of the configuration, so that a saved view opens on the same head.
+
+    Args:
+        config: The model's configuration, which is copied.
+        task: Name of a task of the view's kind; None: the first one.
+
+    Raises:
+        ValueError: There is no such task, or the configuration asks for labels that no task has.
     """
 
     kind: ClassVar[str]
@@ -475,24 +477,14 @@ def _refuse_other_labels(config: MultiTaskConfig, task: str) -> None:
 
 
 class MultiTaskForSequenceClassification(_HeadView):
-    """A `MultiTaskModel` that answers like transformers' sequence classifiers; `task=` picks the head.
-
-    Args:
-        config: The model's configuration.
-        task: Name of a sequence_classification task; None: the first one.
-    """
+    """A `MultiTaskModel` that answers like transformers' sequence classifiers; `task=` picks the head."""
 
     kind = SEQUENCE
     output_class = SequenceClassifierOutput
 
 
 class MultiTaskForTokenClassification(_HeadView):
-    """A `MultiTaskModel` that answers like transformers' token classifiers; `task=` picks the head.
-
-    Args:
-        config: The model's configuration.
-        task: Name of a token_classification task; None: the first one.
-    """
+    """A `MultiTaskModel` that answers like transformers' token classifiers; `task=` picks the head."""
 
     kind = TOKEN
     output_class = TokenClassifierOutput
