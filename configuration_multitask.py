@@ -20,6 +20,8 @@ TOKEN = "token_classification"
 KINDS = (SEQUENCE, TOKEN)
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 WEIGHTS_INDEX = "multitask.safetensors.index.json"  # its presence marks a release folder
+# How a word is written, which an uncased tokenizer does not see. The first stands where it is not known.
+CASINGS = ("unknown", "lower", "title", "upper", "capital", "mixed", "digits", "punctuation")
 POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 AUTO_MAP = {
@@ -38,6 +40,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def check_task_name(name: Any) -> None:
+    """Raises a ValueError if `name` cannot name a task: the heads live in a ModuleDict, whose attributes cannot."""
+    well_formed = isinstance(name, str) and _TASK_NAME.fullmatch(name)
+    if not well_formed or hasattr(nn.ModuleDict, name) or name == "training":
+        raise ValueError(
+            f"tasks has the task name {name!r}; allowed: letters, digits, '_' and '-', starting with a letter, and no name "
+            "of a method of torch.nn.ModuleDict, such as 'items' or 'half'."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
     """One head: what it predicts and how it is built. Checked on construction.
@@ -54,6 +66,8 @@ class TaskSpec:
         hidden_dim: Width of a hidden layer (GELU) before the classifier; None for a linear head.
         layer_mix: Whether the head reads a learned softmax mix of all encoder layers (Peters et al. 2018, ELMo)
             instead of the last one.
+        pooling_mode: Sequence tasks only: how this head pools token vectors; None: as the sentence embedding does. A head
+            that reads "cls" leaves the mean of the tokens, and with it the embedding, nearly untouched in training.
         temperature: Positive number by which the logits are divided (Guo et al. 2017); 1 changes nothing.
         thresholds: Multi-label only: probability in [0, 1] from which each label counts as present; None: 0.5.
         loss_weight: Non-negative factor of this task's loss in the summed loss.
@@ -68,6 +82,8 @@ class TaskSpec:
     classifier_dropout: float = 0.1
     hidden_dim: int | None = None
     layer_mix: bool = False
+    pooling_mode: str | None = None
+    casing_dim: int | None = None
     temperature: float = 1.0
     thresholds: list[float] | None = None
     loss_weight: float = 1.0
@@ -80,9 +96,13 @@ class TaskSpec:
         self._check_problem_type()
         dropout = self.classifier_dropout
         self._require(is_number(dropout) and 0 <= dropout < 1, "classifier_dropout", "a number in [0, 1)")
-        hidden = self.hidden_dim
-        self._require(hidden is None or (type(hidden) is int and hidden > 0), "hidden_dim", "a positive integer or null")
+        for field in ("hidden_dim", "casing_dim"):
+            width = getattr(self, field)
+            self._require(width is None or (type(width) is int and width > 0), field, "a positive integer or null")
+        self._require(self.casing_dim is None or self.kind == TOKEN, "casing_dim", f"null for a {SEQUENCE} task")
         self._require(isinstance(self.layer_mix, bool), "layer_mix", "true or false")
+        modes = (None, *POOLING_MODES) if self.kind == SEQUENCE else (None,)
+        self._require(self.pooling_mode in modes, "pooling_mode", f"null, or for a text {', '.join(POOLING_MODES)}")
         temperature, weight = self.temperature, self.loss_weight
         self._require(is_number(temperature) and 0 < temperature < float("inf"), "temperature", "a positive number")
         self._require(is_number(weight) and 0 <= weight < float("inf"), "loss_weight", "a number of at least 0")
@@ -218,17 +238,7 @@ class MultiTaskConfig(PreTrainedConfig):
         if not isinstance(tasks, dict):
             raise ValueError(f"tasks is {tasks!r}; it must be an object that maps task names to their fields.")
         for name in tasks:
-            # The heads live in a ModuleDict, whose attributes cannot name a head.
-            if (
-                not isinstance(name, str)
-                or not _TASK_NAME.fullmatch(name)
-                or hasattr(nn.ModuleDict, name)
-                or name == "training"
-            ):
-                raise ValueError(
-                    f"tasks has the task name {name!r}; allowed: letters, digits, '_' and '-', starting with a letter, "
-                    "and no name of a method of torch.nn.ModuleDict, such as 'items' or 'half'."
-                )
+            check_task_name(name)
         self.tasks = {name: TaskSpec.from_dict(name, fields).to_dict() for name, fields in tasks.items()}
 
     @property

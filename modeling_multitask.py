@@ -26,9 +26,9 @@ from transformers.utils import cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 try:
-    from .configuration_multitask import SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+    from .configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+    from configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
 
 logger = logging.get_logger(__name__)
 
@@ -93,16 +93,35 @@ def pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
     return (total / (norm.sqrt() if mode == "mean_sqrt_len_tokens" else norm)).to(hidden.dtype)
 
 
+class CasingEmbedding(nn.Module):
+    """A vector for how each word is written, seen together with its two neighbours on either side.
+
+    A capital says less in a headline where every word has one.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(CASINGS), dim)
+        self.context = nn.Conv1d(dim, dim, kernel_size=5, padding=2)
+
+    def forward(self, casing_ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns float [B, T, casing_dim] for indices into `CASINGS`, int [B, T]; padding has no influence."""
+        vectors = self.embedding(casing_ids) * mask.unsqueeze(-1)  # [B, T, D]
+        return F.gelu(self.context(vectors.transpose(1, 2)).transpose(1, 2))
+
+
 class TaskHead(nn.Module):
-    """One classifier on the shared encoder: optional layer mix and hidden layer, dropout, linear."""
+    """One classifier on the shared encoder: optional layer mix, casing and hidden layer, dropout, linear."""
 
     def __init__(self, spec: TaskSpec, hidden_size: int, num_layers: int) -> None:
         super().__init__()
         self.spec = spec
         self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1)) if spec.layer_mix else None
-        self.dense = nn.Linear(hidden_size, spec.hidden_dim) if spec.hidden_dim else None
+        self.casing = CasingEmbedding(spec.casing_dim) if spec.casing_dim else None
+        features = hidden_size + (spec.casing_dim or 0)
+        self.dense = nn.Linear(features, spec.hidden_dim) if spec.hidden_dim else None
         self.dropout = nn.Dropout(spec.classifier_dropout)
-        self.classifier = nn.Linear(spec.hidden_dim or hidden_size, len(spec.labels))
+        self.classifier = nn.Linear(spec.hidden_dim or features, len(spec.labels))
 
     def mix(self, hidden_states: tuple[Tensor, ...]) -> Tensor:
         """Returns the softmax-weighted sum of the L + 1 layers' token vectors, float [B, T, H]."""
@@ -203,6 +222,7 @@ class MultiTaskModel(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        casing_ids: Tensor | None = None,
         tasks: Iterable[str] | None = None,
         labels: dict[str, Tensor] | None = None,
         output_hidden_states: bool | None = None,
@@ -217,6 +237,8 @@ class MultiTaskModel(PreTrainedModel):
             token_type_ids: int [B, T]; not passed on to encoders that know none.
             position_ids: int [B, T].
             inputs_embeds: float [B, T, H] in place of `input_ids`.
+            casing_ids: int [B, T], how each token's word is written, as indices into `CASINGS`; None: unknown. Only heads
+                with a `casing_dim` read them; the embedding never does.
             tasks: Names of the heads to compute; None: all; empty: the embedding alone.
             labels: Maps any subset of the computed tasks to its labels, see `task_loss`. -100 marks what has no label.
             output_hidden_states: Whether to return all layers' token vectors.
@@ -244,7 +266,10 @@ class MultiTaskModel(PreTrainedModel):
         hidden = encoded.last_hidden_state  # [B, T, H]
         mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
         pooled = pool(hidden, mask, self.config.pooling_mode)  # [B, H]
-        logits = {name: self._logits(self.heads[name], hidden, pooled, mask, encoded.hidden_states) for name in names}
+        casing = torch.zeros_like(mask) if casing_ids is None else casing_ids  # 0: unknown
+        if casing.shape != mask.shape:
+            raise ValueError(f"casing_ids have shape {list(casing.shape)}; the input has {list(mask.shape)} tokens.")
+        logits = {name: self.head_logits(self.heads[name], encoded, pooled, mask, casing) for name in names}
         task_losses = {name: task_loss(self.heads[name].spec, logits[name], y) for name, y in (labels or {}).items()}
         embedding = pooled if self.linear is None else self.linear(pooled)  # [B, E]
         weighted = [self.heads[name].spec.loss_weight * loss for name, loss in task_losses.items()]
@@ -279,13 +304,22 @@ class MultiTaskModel(PreTrainedModel):
                 'pipeline("multitask"), which reads long texts in windows.'
             )
 
-    def _logits(
-        self, head: TaskHead, hidden: Tensor, pooled: Tensor, mask: Tensor, layers: tuple[Tensor, ...] | None
-    ) -> Tensor:
-        if head.layer_weights is not None:
-            hidden = head.mix(layers)  # [B, T, H]
-            pooled = pool(hidden, mask, self.config.pooling_mode) if head.spec.kind == SEQUENCE else pooled
-        return head(pooled if head.spec.kind == SEQUENCE else hidden)
+    def head_logits(self, head: TaskHead, encoded: ModelOutput, pooled: Tensor, mask: Tensor, casing_ids: Tensor) -> Tensor:
+        """Returns one head's logits, float [B, C] or [B, T, C], from what the encoder has given.
+
+        Args:
+            head: One of `heads`.
+            encoded: Its `last_hidden_state` [B, T, H] and, for a head that mixes layers, `hidden_states` are read.
+            pooled: float [B, H], its pooled vectors.
+            mask: int [B, T].
+            casing_ids: int [B, T], see `forward`.
+        """
+        hidden = encoded.last_hidden_state if head.layer_weights is None else head.mix(encoded.hidden_states)  # [B, T, H]
+        if head.spec.kind == TOKEN:
+            return head(hidden if head.casing is None else torch.cat([hidden, head.casing(casing_ids, mask)], dim=-1))
+        if head.layer_weights is not None or head.spec.pooling_mode is not None:
+            pooled = pool(hidden, mask, head.spec.pooling_mode or self.config.pooling_mode)
+        return head(pooled)
 
     def add_task(self, name: str, spec: dict[str, Any]) -> None:
         """Adds a head with random weights, to be trained; every other output stays as it is, to the bit.
@@ -428,6 +462,7 @@ class _HeadView(MultiTaskModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        casing_ids: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | TokenClassifierOutput:
@@ -438,7 +473,7 @@ class _HeadView(MultiTaskModel):
         """
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds, "casing_ids": casing_ids,
         }  # fmt: skip
         inputs, labels = self._cut({name: x for name, x in inputs.items() if x is not None}, labels)
         labelled = None if labels is None else {self.task: labels}

@@ -14,6 +14,11 @@ import torch
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
+try:
+    from .configuration_multitask import CASINGS
+except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
+    from configuration_multitask import CASINGS
+
 Span = tuple[int, int]
 Record = dict[str, Any]
 
@@ -72,6 +77,23 @@ def _is_mark(character: str) -> bool:
     return unicodedata.category(character).startswith("M")
 
 
+def word_casing(word: str) -> int:
+    """Returns how a word is written, as an index into `CASINGS`; letters without case count as lower."""
+    if word.islower():
+        name = "lower"
+    elif word.isupper():
+        name = "capital" if len(word) == 1 else "upper"
+    elif word[:1].isupper() and word[1:].islower():
+        name = "title"
+    elif any(character.isupper() for character in word):
+        name = "mixed"
+    elif any(character.isdigit() for character in word):
+        name = "digits"
+    else:
+        name = "lower" if any(character.isalpha() for character in word) else "punctuation"
+    return CASINGS.index(name)
+
+
 @dataclass
 class Window:
     """A piece of a text that fits the model, and what the model says of it.
@@ -80,6 +102,7 @@ class Window:
         text: Index of the text in its chunk.
         input_ids: Token ids, special tokens included.
         words: For each word: index of its first token, and its character span in the text.
+        casings: For each token, how its word is written, see `word_casing`; empty if no words were looked for.
         context: For each word, the number of tokens to the nearer edge of the window, where the text goes on there.
         embedding: float [E].
         logits: Maps each task to float [C], or [W, C] for token tasks.
@@ -88,6 +111,7 @@ class Window:
     text: int
     input_ids: list[int]
     words: list[tuple[int, Span]] = field(default_factory=list)
+    casings: list[int] = field(default_factory=list)
     context: list[float] = field(default_factory=list)
     embedding: np.ndarray | None = None
     logits: dict[str, np.ndarray] = field(default_factory=dict)
@@ -105,7 +129,9 @@ def find_words(window: Window, text: str, encoding: Any, is_first: bool, is_last
             first, (start, end) = window.words[-1]
             window.words[-1] = (first, (start, max(end, span[1])))
             last_tokens[-1] = token
-    for (first, _), last in zip(window.words, last_tokens, strict=True):
+    window.casings = [0] * len(spans)
+    for (first, (start, end)), last in zip(window.words, last_tokens, strict=True):
+        window.casings[first : last + 1] = [word_casing(text[start:end])] * (last + 1 - first)
         left = float("inf") if is_first else first
         right = float("inf") if is_last else len(spans) - 1 - last
         window.context.append(min(left, right))
@@ -295,11 +321,13 @@ class MultiTaskPipeline(Pipeline):
         """Runs the model once over a batch of windows and stores in each what it says."""
         width = max(len(window.input_ids) for window in windows)
         ids = np.full((len(windows), width), self.tokenizer.pad_token_id or 0)
-        mask = np.zeros((len(windows), width), dtype=np.int64)
+        mask, casings = np.zeros((2, len(windows), width), dtype=np.int64)
         for row, window in enumerate(windows):
             ids[row, : len(window.input_ids)] = window.input_ids
             mask[row, : len(window.input_ids)] = 1
-        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+            casings[row, : len(window.casings)] = window.casings
+        inputs = {"input_ids": ids, "attention_mask": mask, "casing_ids": casings}
+        inputs = {name: torch.from_numpy(value) for name, value in inputs.items()}
         out = self.model(**{name: value.to(self.device) for name, value in inputs.items()}, tasks=tasks)
         vectors = out.sentence_embedding
         if vectors.dtype != torch.float32:

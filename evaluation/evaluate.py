@@ -1,6 +1,7 @@
 """Evaluates a model on the data sets of a recipe: `python -m evaluation.evaluate . --split test --output results/release.json`.
 
-Everything is measured on what a user gets: the records of the multitask pipeline, made from raw text.
+Everything is measured on what a user gets: the records of the multitask pipeline, made from raw text. Training calls
+`measure` too, on the model that it is training. Axes: N texts (or words of texts), C labels, E embedding.
 """
 
 import argparse
@@ -9,101 +10,414 @@ import hashlib
 import json
 import platform
 import subprocess
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
+from scipy.special import softmax
 from transformers import AutoModel, pipeline
 
-from configuration_multitask import SEQUENCE, TOKEN
+from configuration_multitask import PROBLEM_TYPES, TOKEN, TaskSpec
 from evaluation.metrics import (
+    Intervals,
+    calibration_error,
+    calibration_intervals,
+    classification_intervals,
     classification_metrics,
+    cosines,
     entities_to_tags,
+    entity_intervals,
     entity_metrics,
-    mean_cosine,
-    neighbours_kept,
+    mean_intervals,
+    multi_label_intervals,
+    multi_label_metrics,
+    neighbours_shared,
+    partner_is_nearest,
+    rank_correlation_intervals,
+    regression_intervals,
+    regression_metrics,
     similarity_metrics,
     token_spans,
 )
-from training.data import class_names, load_task_split
-from training.recipe import Recipe, TaskRecipe
-from training.train import encode
+from evaluation.plots import confusion_matrix, reliability_diagram
+from modeling_multitask import IGNORE_INDEX
+from pipeline_multitask import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Record, Span, _average, _batches, _chunks, _merge_words
+from training.data import encode, label_id, load_split, load_task_split, make_examples, split_names, task_labels
+from training.recipe import POSITIVE_PAIRS, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
 NEIGHBOURS = 10
+RANKED_ROWS = 1000  # of positive pairs: each anchor looks for its partner among so many
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "seqeval", "scikit-learn")
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES
+LESS_IS_BETTER = ("mean_absolute_error", "calibration_error")
+
+Measures = tuple[dict[str, float], Intervals]
 
 
-def evaluate_sequence(pipe: Any, name: str, task: TaskRecipe, data: Any) -> dict[str, float]:
-    """Returns the classification metrics of one single-label task."""
-    names = class_names(data, task.label_column)
-    records = pipe(list(data[task.text_columns[0]]), tasks=[name], embedding=False)
-    truth = [names[label] for label in data[task.label_column]]
-    return classification_metrics(truth, [record["labels"][name]["label"] for record in records])
+def measure(
+    pipe: Any,
+    recipe: Recipe,
+    split: str,
+    reference: str | None = None,
+    intervals: bool = False,
+    limit: int | None = None,
+    plots: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Returns, for each task, `metrics` (name to value), `intervals` (name to [low, high]), and on what it was measured.
 
+    To measure a model while it trains, give `MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)`;
+    the model is left in evaluation mode, as the pipeline itself leaves it. A task whose data set has no such split is
+    left out.
 
-def evaluate_token(pipe: Any, name: str, task: TaskRecipe, data: Any) -> dict[str, float]:
-    """Returns the entity metrics of one token task; the tokens are joined by spaces and found again by the model."""
-    names = class_names(data, task.label_column)
-    tokens = data[task.text_columns[0]]
-    records = pipe([" ".join(row) for row in tokens], tasks=[name], embedding=False)
-    truth = [[names[tag] for tag in tags] for tags in data[task.label_column]]
-    predicted = [
-        entities_to_tags(token_spans(row), record["entities"][name]) for row, record in zip(tokens, records, strict=True)
-    ]
-    return entity_metrics(truth, predicted)
+    Args:
+        pipe: A `MultiTaskPipeline`.
+        recipe: Names the tasks and their data sets.
+        split: "train", "validation" or "test".
+        reference: The starting encoder (folder or Hub id); adds to the tasks of pairs how far the model is from it.
+        intervals: Whether to compute the 95 % bootstrap interval of every metric; if not, `intervals` is empty.
+        limit: Only the first so many rows of each split are read.
+        plots: Folder to draw each classification head's confusion matrix and reliability diagram in.
 
-
-def evaluate_pairs(
-    pipe: Any, task: TaskRecipe, data: Any, prefix_dims: list[int], reference: str | None
-) -> dict[str, float]:
-    """Returns Spearman's correlation for the embedding, for its prefixes and for the encoder's own pooled vector.
-
-    With `reference`, the starting encoder, also for its pooled vector, and how near the embedding still is to it:
-    `cosine_raw`, the mean cosine similarity of the two encoders' pooled vectors, and `neighbours_at_10`, the share of each
-    text's ten nearest neighbours under the starting encoder that are so under the model's sentence embedding.
+    Raises:
+        ValueError: The model lacks one of the tasks or one of their labels, or the data are not what the recipe says.
     """
-    texts = [text for column in task.text_columns for text in data[column]]
-    ids = pipe.tokenizer(texts, truncation=True)["input_ids"]
-    mode, pad_token_id = pipe.model.config.pooling_mode, pipe.tokenizer.pad_token_id
-    embeddings = np.stack([record["sentence_embedding"] for record in pipe(texts, tasks=[])])
-    views = {"spearman": embeddings, "spearman_raw": encode(pipe.model.encoder, ids, mode, pad_token_id).numpy()}
-    views.update({f"spearman_{dim}": embeddings[:, :dim] for dim in prefix_dims})
-    if reference:
-        views["spearman_reference"] = encode(AutoModel.from_pretrained(reference).eval(), ids, mode, pad_token_id).numpy()
-    half, scores = len(data), data[task.label_column]
-    metrics = {name: similarity_metrics(view[:half], view[half:], scores) for name, view in views.items()}
-    if reference:
-        distinct = sorted({text: row for row, text in enumerate(texts)}.values())
-        before, now = views["spearman_reference"][distinct], views["spearman_raw"][distinct]
-        metrics["cosine_raw"] = mean_cosine(before, now)
-        metrics[f"neighbours_at_{NEIGHBOURS}"] = neighbours_kept(before, embeddings[distinct], NEIGHBOURS)
-    return metrics
-
-
-def evaluate(model: str, recipe: Recipe, split: str, reference: str | None) -> dict[str, Any]:
-    """Returns, for each task of the recipe, its metrics and what it was measured on."""
-    pipe = pipeline("multitask", model=model, trust_remote_code=True)
+    pipe.model.eval()
     results = {}
     for name, task in recipe.tasks.items():
-        data = load_task_split(task, split)
-        if task.kind == SEQUENCE:
-            metrics = evaluate_sequence(pipe, name, task, data)
-        elif task.kind == TOKEN:
-            metrics = evaluate_token(pipe, name, task, data)
+        if not has_split(task, split):
+            continue
+        data = _first_rows(task, load_task_split(task, split), limit)
+        if task.has_head:
+            predictions = predict(pipe, name, task, data)
+            metrics, ranges = measure_head(predictions, intervals)
+            if plots:
+                _draw(plots, name, predictions)
         else:
-            metrics = evaluate_pairs(pipe, task, data, recipe.model.prefix_dims, reference)
-        results[name] = {"metrics": metrics, "split": split, "rows": len(data), "sha256": fingerprint(task, data)}
-        print(name, json.dumps(metrics))
+            metrics, ranges = measure_pairs(pipe, task, data, recipe.model.prefix_dims, reference, intervals)
+        facts = {"split": split, "rows": len(data), "sha256": fingerprint(task, data)}
+        results[name] = {"metrics": metrics, "intervals": ranges, **facts}
     return results
 
 
-def fingerprint(task: TaskRecipe, data: Any) -> str:
+def main_metric(task: TaskRecipe) -> str:
+    """Returns the name of the metric that a task is judged by: the recipe's, or the usual one of its kind.
+
+    Raises:
+        ValueError: The recipe names a metric of which less is better, which no average can hold.
+    """
+    if task.metric in LESS_IS_BETTER:
+        raise ValueError(f"metric is {task.metric!r}, of which less is better; choose one of which more is better.")
+    if task.metric is not None:
+        return task.metric
+    if task.kind == TOKEN:
+        return "f1"
+    if task.has_head:
+        return "spearman" if task.head.get("problem_type") == REGRESSION else "macro_f1"
+    return "spearman" if task.kind == SCORED_PAIRS else "accuracy"
+
+
+def average(results: dict[str, dict[str, Any]], recipe: Recipe) -> float:
+    """Returns the mean of the main metrics of the tasks that `measure` has measured; NaN if there are none.
+
+    Raises:
+        ValueError: A task's main metric is none that was measured.
+    """
+    values = []
+    for name, found in results.items():
+        key = main_metric(recipe.tasks[name])
+        if key not in found["metrics"]:
+            raise ValueError(f"tasks.{name}.metric is {key!r}; allowed: {', '.join(found['metrics'])}.")
+        values.append(found["metrics"][key])
+    return float(np.mean(values)) if values else float("nan")
+
+
+# What a head says
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one head says of a split, beside what is right. Items are texts, or the words of a token task's texts.
+
+    Attributes:
+        spec: The head.
+        logits: float [N, C], the temperature applied.
+        predicted: int [N], the likeliest label; multi-label: 0/1 [N, C]; regression: float [N, C].
+        truth: The same of the data set.
+        rows: int [N], the row of the data set that each item belongs to.
+        tags: For entities: the tags of each row's tokens in the data set, and those that the pipeline's entities give.
+    """
+
+    spec: TaskSpec
+    logits: np.ndarray
+    predicted: np.ndarray
+    truth: np.ndarray
+    rows: np.ndarray
+    tags: tuple[list[list[str]], list[list[str]]] | None = None
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """The head's probabilities, float [N, C], of which one label is right."""
+        return softmax(self.logits, axis=1)
+
+
+def predict(pipe: Any, name: str, task: TaskRecipe, data: Dataset) -> Predictions:
+    """Returns what head `name` says of the rows that have a label.
+
+    Raises:
+        ValueError: The model has no such head or lacks a label of the data set, or no row has a label.
+    """
+    spec = pipe.model.config.task_specs.get(name)
+    if spec is None:
+        known = ", ".join(pipe.model.config.tasks) or "none"
+        raise ValueError(
+            f"tasks.{name} is in the recipe; the model's tasks are: {known}. Give the recipe it was trained by."
+        )
+    if spec.kind != task.kind:
+        raise ValueError(f"tasks.{name}.kind is {task.kind!r}; the model's head is a {spec.kind}.")
+    names = task_labels(task, data)
+    if spec.problem_type != REGRESSION and (unknown := [label for label in names if label not in spec.labels]):
+        raise ValueError(f"tasks.{name}: the data set has the labels {unknown}; the head knows {', '.join(spec.labels)}.")
+    found = (_predict_words if spec.kind == TOKEN else _predict_texts)(pipe, name, task, data, names)
+    if not len(found.truth):
+        raise ValueError(f"tasks.{name} ({task.dataset}): no row has a label in column {task.label_column!r}.")
+    return found
+
+
+def _predict_texts(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names: list[str]) -> Predictions:
+    spec = pipe.model.config.task_specs[name]
+    examples = make_examples(task, data, names, pipe.tokenizer, f"tasks.{name} ({task.dataset})")
+    given = np.array([example["labels"] for example in examples])
+    rows = np.flatnonzero(given != IGNORE_INDEX if given.ndim == 1 else (given != IGNORE_INDEX).all(axis=1))
+    answered = list(answers(pipe, name, [examples[row]["text"] for row in rows]))
+    logits = np.array([logits for _, _, logits in answered]).reshape(len(rows), len(spec.labels))
+    if spec.problem_type == REGRESSION:
+        return Predictions(spec, logits, logits, given[rows], rows)
+    order = [spec.labels.index(label) for label in names]  # the data set may number the labels otherwise
+    if spec.problem_type == SINGLE_LABEL:
+        return Predictions(spec, logits, logits.argmax(axis=1), np.array(order)[given[rows]], rows)
+    truth = np.zeros(logits.shape, dtype=int)
+    truth[:, order] = given[rows]
+    present = [record["labels"][name]["labels"] for record, _, _ in answered]
+    predicted = np.array([[int(label in found) for label in spec.labels] for found in present])
+    return Predictions(spec, logits, predicted, truth, rows)
+
+
+def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names: list[str]) -> Predictions:
+    """Returns what a token head says of words; a row's tokens are joined by spaces and found again by the model."""
+    spec = pipe.model.config.task_specs[name]
+    tokens = list(data[task.text_columns[0]])
+    given = [
+        [label_id(tag, names, f"tasks.{name}, row {row}") for tag in tags]
+        for row, tags in enumerate(data[task.label_column])
+    ]
+    truth = [[None if tag == IGNORE_INDEX else names[tag] for tag in tags] for tags in given]
+    logits, labels, rows, found = [], [], [], []
+    for row, (record, words, values) in enumerate(answers(pipe, name, [" ".join(x) for x in tokens])):
+        spans = token_spans(tokens[row])
+        logits.append(values.reshape(len(words), len(spec.labels)))
+        labels += [spec.labels.index(x) if x in spec.labels else IGNORE_INDEX for x in word_tags(words, spans, truth[row])]
+        rows += [row] * len(words)
+        if spec.is_bio:  # nothing is judged at a token that has no tag
+            tags = entities_to_tags(spans, record["entities"][name])
+            found.append(["O" if gold is None else tag for gold, tag in zip(truth[row], tags, strict=True)])
+    kept = np.array(labels, dtype=int) != IGNORE_INDEX
+    values = np.concatenate(logits)[kept]
+    tags = ([[tag or "O" for tag in row] for row in truth], found) if spec.is_bio else None
+    return Predictions(spec, values, values.argmax(axis=1), np.array(labels)[kept], np.array(rows)[kept], tags)
+
+
+def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, list[Span], np.ndarray]]:
+    """Yields for each text the pipeline's record of one task, and the logits behind it with the windows merged.
+
+    For a token task these are the spans of the text's words and float [words, C]; otherwise no spans and float [C].
+    """
+    is_token = pipe.model.config.task_specs[name].kind == TOKEN
+    for chunk in _chunks(texts):
+        windows = pipe.preprocess(chunk, tasks=[name])
+        for batch in _batches(windows, CPU_BATCH_TOKENS if pipe.device.type == "cpu" else GPU_BATCH_TOKENS):
+            pipe._forward(batch, tasks=[name])
+        by_text: list[list[Any]] = [[] for _ in chunk]
+        for window in windows:
+            by_text[window.text].append(window)
+        records = pipe.postprocess(chunk, windows, tasks=[name], embedding=False)
+        for record, group in zip(records, by_text, strict=True):
+            if is_token:
+                yield record, *_merge_words(name, group)
+            else:
+                yield record, [], _average(group, [window.logits[name] for window in group])
+
+
+def word_tags(words: list[Span], spans: list[Span], tags: list[str | None]) -> list[str | None]:
+    """Returns the tag of each of the model's words, given the data set's tokens.
+
+    Of a token that is several words to the model, such as "U.S.", the first has its tag and the others the `I-` form.
+
+    Args:
+        words: Character span of each word.
+        spans: Character span of each token; none starts after the first word does.
+        tags: Tag of each token, None for a missing one.
+    """
+    starts = [start for start, _ in spans]
+    tagged, previous = [], -1
+    for start, _ in words:
+        index = bisect_right(starts, start) - 1
+        tag = tags[index]
+        goes_on = index == previous and tag is not None and tag.startswith("B-")
+        tagged.append("I-" + tag[2:] if goes_on else tag)
+        previous = index
+    return tagged
+
+
+def measure_head(predictions: Predictions, intervals: bool) -> Measures:
+    """Returns the metrics of one head, and their intervals if asked for."""
+    spec, truth, predicted, rows = predictions.spec, predictions.truth, predictions.predicted, predictions.rows
+    if spec.problem_type == REGRESSION:
+        return regression_metrics(truth, predicted), regression_intervals(truth, predicted) if intervals else {}
+    if spec.problem_type == MULTI_LABEL:
+        return multi_label_metrics(truth, predicted), multi_label_intervals(truth, predicted) if intervals else {}
+    if predictions.tags:
+        metrics, ranges = entity_metrics(*predictions.tags), entity_intervals(*predictions.tags) if intervals else {}
+    else:
+        metrics = classification_metrics(truth.tolist(), predicted.tolist())
+        ranges = classification_intervals(truth, predicted, rows) if intervals else {}
+    if spec.kind == TOKEN and not predictions.tags:  # words with labels of their own, such as parts of speech
+        metrics, ranges = ({"f1": x["macro_f1"], **x} if x else x for x in (metrics, ranges))
+    confidence, correct = predictions.probabilities.max(axis=1), predicted == truth
+    metrics["calibration_error"] = calibration_error(confidence, correct)
+    return metrics, {**ranges, **calibration_intervals(confidence, correct, rows)} if intervals else {}
+
+
+def _draw(folder: Path, name: str, predictions: Predictions) -> None:
+    if predictions.spec.problem_type in (REGRESSION, MULTI_LABEL):
+        return
+    truth, predicted = predictions.truth, predictions.predicted
+    confusion_matrix(truth, predicted, predictions.spec.labels, name, folder / f"{name}_confusion.png")
+    confidence = predictions.probabilities.max(axis=1)
+    reliability_diagram(confidence, predicted == truth, name, folder / f"{name}_reliability.png")
+
+
+# What the embedding says
+
+
+def embed(pipe: Any, texts: list[str], prefix_dims: list[int], reference: str | None) -> dict[str, np.ndarray]:
+    """Returns the texts' vectors, float [N, E], by the suffix of their metrics' names.
+
+    "" is the sentence embedding, "_raw" the encoder's own pooled vector, "_<n>" the embedding's first n numbers and
+    "_reference" the pooled vector of the encoder `reference`.
+    """
+    limits = [pipe.tokenizer.model_max_length, pipe.model.max_length]
+    length = min(limit for limit in limits if limit is not None)
+    ids = pipe.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    mode, pad_token_id = pipe.model.config.pooling_mode, pipe.tokenizer.pad_token_id or 0
+    embeddings = np.stack([record["sentence_embedding"] for record in pipe(texts, tasks=[])])
+    views = {"": embeddings, "_raw": encode(pipe.model.encoder, ids, mode, pad_token_id).numpy()}
+    views.update({f"_{dim}": embeddings[:, :dim] for dim in prefix_dims})
+    if reference:
+        encoder = AutoModel.from_pretrained(reference).eval().to(pipe.device)
+        views["_reference"] = encode(encoder, ids, mode, pad_token_id).numpy()
+    return views
+
+
+def measure_pairs(
+    pipe: Any, task: TaskRecipe, data: Dataset, prefix_dims: list[int], reference: str | None, intervals: bool
+) -> Measures:
+    """Returns how well each of the vectors of `embed` ranks pairs or triplets, and with `reference` also `drift`.
+
+    Scored pairs give `spearman`. Positive pairs give `accuracy`, the share of first texts whose partner is the nearest
+    of all partners; triplets the share whose positive is nearer than their negative.
+    """
+    texts = [text for column in task.text_columns for text in data[column]]
+    views = embed(pipe, texts, prefix_dims, reference)
+    sides = {suffix: np.split(view, len(task.text_columns)) for suffix, view in views.items()}
+    if task.kind == SCORED_PAIRS:
+        scores = list(data[task.label_column])
+        metrics = {f"spearman{suffix}": similarity_metrics(*pair, scores) for suffix, pair in sides.items()}
+        values = {f"spearman{suffix}": cosines(*pair) for suffix, pair in sides.items()}
+        ranges = rank_correlation_intervals(values, scores) if intervals else {}
+    elif task.kind == POSITIVE_PAIRS:
+        partners = texts[len(data) :]
+        values = {f"accuracy{suffix}": partner_is_nearest(*pair, partners) for suffix, pair in sides.items()}
+        metrics, ranges = _means(values, intervals)
+    else:
+        values = {f"accuracy{suffix}": cosines(x, near) > cosines(x, far) for suffix, (x, near, far) in sides.items()}
+        metrics, ranges = _means(values, intervals)
+    moved = drift(texts, views, intervals) if reference else ({}, {})
+    return {**metrics, **moved[0]}, {**ranges, **moved[1]}
+
+
+def drift(texts: list[str], views: dict[str, np.ndarray], intervals: bool) -> Measures:
+    """Returns how near the embedding still is to the reference encoder's, from the vectors of `embed`.
+
+    `cosine_raw` is the mean cosine similarity of the two encoders' pooled vectors; `neighbours_at_10` the share of each
+    text's ten nearest neighbours under the reference that are so under the sentence embedding, and
+    `neighbours_at_10_raw` under the encoder's own pooled vector. A text that occurs twice counts once.
+
+    Raises:
+        ValueError: There are too few texts.
+    """
+    distinct = sorted({text: row for row, text in enumerate(texts)}.values())
+    before, now, embeddings = (views[suffix][distinct] for suffix in ("_reference", "_raw", ""))
+    values = {
+        "cosine_raw": cosines(before, now),
+        f"neighbours_at_{NEIGHBOURS}": neighbours_shared(before, embeddings, NEIGHBOURS),
+        f"neighbours_at_{NEIGHBOURS}_raw": neighbours_shared(before, now, NEIGHBOURS),
+    }
+    return _means(values, intervals)
+
+
+def _means(values: dict[str, np.ndarray], intervals: bool) -> Measures:
+    return {name: float(value.mean()) for name, value in values.items()}, mean_intervals(values) if intervals else {}
+
+
+def measure_drift(pipe: Any, dataset: str, split: str, column: str, reference: str, intervals: bool) -> dict[str, Any]:
+    """Returns the `drift` on the texts of one column of a data set (lists of tokens are joined), and on what it was measured.
+
+    Raises:
+        ValueError: The data set has no such split or column, or too few texts.
+    """
+    data = load_split(dataset, split, [column])
+    texts = [" ".join(text) if isinstance(text, list) else text for text in data[column]]
+    metrics, ranges = drift(texts, embed(pipe, texts, [], reference), intervals)
+    facts = {"dataset": public_name(dataset), "split": split, "rows": len(data), "sha256": _hash_columns(data, [column])}
+    return {**facts, "metrics": metrics, "intervals": ranges}
+
+
+# Data, and the command line
+
+
+def public_name(dataset: str) -> str:
+    """Returns a Hub id as it is, and of a folder or file its name alone: where it lies on this machine is of no use."""
+    return Path(dataset).name if Path(dataset).exists() else dataset
+
+
+def has_split(task: TaskRecipe, split: str) -> bool:
+    """Returns whether a task's data set has the split ("train", "validation" or "test")."""
+    return task.splits.get(split, split) in split_names(task.dataset)
+
+
+def _first_rows(task: TaskRecipe, data: Dataset, limit: int | None) -> Dataset:
+    limits = [len(data), limit, RANKED_ROWS if task.kind == POSITIVE_PAIRS else None]
+    return data.select(range(min(x for x in limits if x is not None)))
+
+
+def fingerprint(task: TaskRecipe, data: Dataset) -> str:
     """Returns a hash of the columns that a task reads, the same wherever the data set was loaded from."""
+    return _hash_columns(data, [*task.text_columns, *([] if task.label_column is None else [task.label_column])])
+
+
+def _hash_columns(data: Dataset, columns: list[str]) -> str:
     digest = hashlib.sha256()
-    for column in [*task.text_columns, task.label_column]:
+    for column in columns:
         digest.update(json.dumps([round(x, 6) if isinstance(x, float) else x for x in data[column]]).encode())
     return digest.hexdigest()
 
@@ -118,25 +432,90 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def check_splits(recipe: Recipe, split: str, neighbours: list[str] | None) -> None:
+    """Loads all data that will be measured on, so that what is missing is known before the work starts.
+
+    Raises:
+        RecipeError: Some cannot be loaded; the message names them all.
+    """
+    loaders = {f"tasks.{name}": partial(load_task_split, task, split) for name, task in recipe.tasks.items()}
+    if neighbours:
+        loaders["--neighbours"] = partial(load_split, *neighbours[:2], neighbours[2:])
+    problems = []
+    for name, load in loaders.items():
+        try:
+            load()
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--recipe", type=Path, default=ROOT / "training/recipes/release.toml", help="names tasks and data")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="names tasks and data")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="measure these tasks of the recipe alone")
     parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--reference", help="the starting encoder, to measure how far the embedding has moved from it")
+    parser.add_argument(
+        "--neighbours",
+        nargs=3,
+        metavar=("DATASET", "SPLIT", "COLUMN"),
+        help="also measure that on texts that no task trains on, for instance: leondz/wnut_17 test tokens; "
+        "DATASET is a Hub id or a folder, with --data a folder in there",
+    )
     parser.add_argument("--output", type=Path, help="where to write the results, for instance results/release.json")
+    parser.add_argument("--plots", type=Path, help="folder for a confusion matrix and a reliability diagram of each head")
     args = parser.parse_args()
-    recipe = Recipe.read(args.recipe)
-    tasks = evaluate(args.model, Recipe.read(args.recipe, args.data), args.split, args.reference)
-    reference = " --reference ENCODER" if args.reference else ""
+    if args.neighbours and not args.reference:
+        parser.error("--neighbours compares with the starting encoder: give --reference ENCODER too")
+    return args
+
+
+def command(args: argparse.Namespace) -> str:
+    """Returns the command that gives these results, without what is particular to this machine."""
+    parts = ["python -m evaluation.evaluate MODEL"]
+    if args.recipe.resolve() != DEFAULT_RECIPE:
+        inside = args.recipe.resolve().is_relative_to(ROOT)
+        parts.append(f"--recipe {args.recipe.resolve().relative_to(ROOT) if inside else args.recipe.name}")
+    if args.only:
+        parts.append(f"--only {' '.join(args.only)}")
+    parts.append(f"--split {args.split}")
+    if args.reference:
+        parts.append("--reference ENCODER")
+    if args.neighbours:
+        dataset, *place = args.neighbours
+        parts.append(" ".join(["--neighbours", public_name(dataset), *place]))
+    return " ".join(parts)
+
+
+def main() -> None:
+    args = parse_arguments()
+    neighbours = args.neighbours
+    if neighbours and args.data and (args.data / neighbours[0]).exists():
+        neighbours = [str(args.data / neighbours[0]), *neighbours[1:]]
+    try:
+        recipe, public = Recipe.read(args.recipe, args.data), Recipe.read(args.recipe)
+        if args.only:
+            recipe, public = recipe.only(*args.only), public.only(*args.only)
+        check_splits(recipe, args.split, neighbours)
+    except RecipeError as error:
+        sys.exit(str(error))
+    pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
     result = {
-        "command": f"python -m evaluation.evaluate MODEL --split {args.split}{reference}",
-        "parameters": sum(x.numel() for x in AutoModel.from_pretrained(args.model, trust_remote_code=True).parameters()),
-        "tasks": tasks,
-        "recipe": dataclasses.asdict(recipe),
+        "command": command(args),
+        "parameters": sum(x.numel() for x in pipe.model.parameters()),
+        "tasks": measure(pipe, recipe, args.split, args.reference, intervals=True, plots=args.plots),
+        "recipe": dataclasses.asdict(public),  # without the places of local copies
         **surroundings(),
     }
+    if neighbours:
+        result["drift"] = measure_drift(pipe, *neighbours, args.reference, intervals=True)
+    for name, found in {**result["tasks"], "drift": result.get("drift")}.items():
+        if found:
+            print(name, json.dumps(found["metrics"]))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,27 +1,56 @@
-"""Writes measured results into the documents: `python -m release.card` renders results/ into README.md and discussion.md.
+"""Writes measured results into the documents: `python -m release.card [FOLDER]` renders results/ into README.md and
+discussion.md of a release folder, by default of this repository.
 
-The card's metadata and the tables between markers are rendered whole, so running it again changes nothing.
+Of the card's metadata, the data sets and the model-index are rendered; what else stands there stays. The tables between
+markers are rendered whole, so running it again changes nothing.
 """
 
+import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "multitask-minilm"
-_METADATA = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_MARKER = "<!-- results -->"
 
 
-def read(name: str) -> dict[str, Any]:
-    """Returns a result file by its name without ending."""
-    return json.loads((ROOT / "results" / f"{name}.json").read_text("utf-8"))
+def read(name: str, folder: Path = ROOT) -> dict[str, Any]:
+    """Returns a result file by its name without ending.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    path = folder / "results" / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; the documents of {folder} are rendered from it.")
+    return json.loads(path.read_text("utf-8"))
 
 
-def metadata(results: dict[str, Any], described: dict[str, Any]) -> str:
-    """Returns the card's YAML metadata with the results as its model-index."""
+def can_render(folder: Path) -> bool:
+    """Returns whether a folder has what its card is rendered from: README.md with its marker, and the results."""
+    paths = [folder / "results/tasks.json", folder / "results/release.json", folder / "README.md"]
+    return all(path.is_file() for path in paths) and _MARKER in paths[-1].read_text("utf-8")
+
+
+def metadata(card: str, name: str, results: dict[str, Any], described: dict[str, Any]) -> str:
+    """Returns a card's YAML metadata with the data sets and the results made anew.
+
+    Args:
+        card: The card with its present metadata, or without any.
+        name: The model's name, if the card does not say it yet.
+        results: The content of results/release.json.
+        described: That of results/tasks.json.
+    """
+    found = _METADATA.match(card)
+    fields = yaml.safe_load(found[1]) if found else {}
+    for index in fields.pop("model-index", []):
+        name = index["name"]
     evaluations = [
         EvalResult(
             task_type=task["task_type"],
@@ -29,48 +58,44 @@ def metadata(results: dict[str, Any], described: dict[str, Any]) -> str:
             dataset_type=task["dataset"],
             dataset_name=task["dataset_name"],
             dataset_config=task.get("config"),
-            dataset_split="test",
+            dataset_split=results["tasks"][key]["split"],
             metric_type=metric["type"],
             metric_name=metric["name"],
-            metric_value=round(results["tasks"][name]["metrics"][metric["key"]], 4),
+            metric_value=round(results["tasks"][key]["metrics"][metric["key"]], 4),
         )
-        for name, task in described.items()
+        for key, task in described.items()
         for metric in task["metrics"]
     ]
-    data = ModelCardData(
-        model_name=NAME,
-        language="en",
-        license="apache-2.0",
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        base_model="sentence-transformers/all-MiniLM-L6-v2",
-        datasets=sorted({task["dataset"] for task in described.values()}),
-        tags=["feature-extraction", "text-classification", "token-classification", "multi-task", "transformers"],
-        eval_results=evaluations,
-    )
-    return f"---\n{data.to_yaml()}\n---\n"
+    # A data set without an owner is a local one: the Hub could not link to it.
+    fields["datasets"] = sorted({task["dataset"] for task in described.values() if "/" in task["dataset"]})
+    return f"---\n{ModelCardData(**fields, model_name=name, eval_results=evaluations).to_yaml()}\n---\n"
 
 
 def table(results: dict[str, Any], described: dict[str, Any]) -> str:
-    """Returns the Markdown table of test results beside published ones."""
+    """Returns the Markdown table of test results beside published ones; a row of another split says so."""
     lines = ["| task | test set | metric | this model | published, for comparison |", "|---|---|---|---|---|"]
     for name, task in described.items():
         found = results["tasks"][name]
+        split = "" if found["split"] == "test" else f", {found['split']} split"
         for metric in task["metrics"]:
             others = [f"{x['model']} {x['value']:.3f}" for x in metric.get("published", [])]
             if measured := metric.get("measured"):
                 others.insert(0, f"{measured['model']} {found['metrics'][measured['key']]:.3f}")
             value = f"**{found['metrics'][metric['key']]:.3f}**"
-            rows = f"{task['dataset_name']} ({found['rows']:,})"
+            rows = f"{task['dataset_name']} ({found['rows']:,}{split})"
             lines.append(f"| {task['title']} | {rows} | {metric['name']} | {value} | {'; '.join(others)} |")
     return "\n".join(lines) + "\n"
 
 
 def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
-    """Returns a Markdown table of the same measures for several runs, given by their column titles."""
+    """Returns a Markdown table of the same measures for several runs, given by their column titles.
+
+    A task that was added to the model later is in none of them, and not in the table.
+    """
     measures = [
         (f"{task['dataset_name']}, {metric['name']}", name, metric["key"])
         for name, task in described.items()
+        if any(name in run["tasks"] for run in runs.values())
         for metric in task["metrics"]
     ]
     measures += [
@@ -85,6 +110,48 @@ def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> st
     return "\n".join(lines) + "\n"
 
 
+def single_runs(folder: Path, described: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns, for each task with a results/single_<task>.json, what its single-task run reached."""
+    names = [name for name in described if (folder / f"results/single_{name}.json").exists()]
+    return {name: read(f"single_{name}", folder)["tasks"][name] for name in names}
+
+
+def negative_transfer(together: dict[str, Any], alone: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
+    """Returns the Markdown table of each task's main metric, trained alone and together with the others.
+
+    Args:
+        together: The content of results/release.json.
+        alone: What `single_runs` returns.
+        described: The content of results/tasks.json; a task's first metric is its main one.
+
+    Raises:
+        ValueError: A single-task run was measured on other rows.
+    """
+    lines = ["| task | metric | alone | together | difference |", "|---|---|---|---|---|"]
+    for name, single in alone.items():
+        shared, metric = together["tasks"][name], described[name]["metrics"][0]
+        if (single["split"], single["sha256"]) != (shared["split"], shared["sha256"]):
+            raise ValueError(
+                f"results/single_{name}.json was measured on {single['rows']} rows ({single['split']}) and "
+                f"results/release.json on {shared['rows']} others ({shared['split']}); measure both on the same."
+            )
+        # In points: a difference of 0.012 would read like one more measured value.
+        points = 100 * (shared["metrics"][metric["key"]] - single["metrics"][metric["key"]])
+        difference = f"{round(points, 1) + 0.0:+.1f} points".replace("-", "−")  # + 0.0: never minus zero
+        values = " | ".join(_with_interval(x, metric["key"]) for x in (single, shared))
+        lines.append(f"| {described[name]['title']} | {metric['name']} | {values} | {difference} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(found: dict[str, Any], key: str) -> str:
+    """Returns a metric's value, and its 95 % interval if there is one."""
+    value = f"{found['metrics'][key]:.3f}"
+    if key not in found.get("intervals", {}):
+        return value
+    low, high = found["intervals"][key]
+    return f"{value} ({low:.3f} to {high:.3f})"
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """Returns `text` with what stands between the comments `<!-- marker -->` and `<!-- /marker -->` replaced."""
     pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
@@ -94,25 +161,37 @@ def fill(text: str, marker: str, content: str) -> str:
     return filled
 
 
-def render_card(card: str) -> str:
-    """Returns README.md with its metadata and results table made anew."""
-    results, described = read("release"), read("tasks")
-    return metadata(results, described) + fill(_METADATA.sub("", card), "results", table(results, described))
+def render_card(card: str, folder: Path = ROOT) -> str:
+    """Returns a folder's README.md with its metadata and tables made anew."""
+    results, described = read("release", folder), read("tasks", folder)
+    text = fill(_METADATA.sub("", card), "results", table(results, described))
+    if alone := single_runs(folder, described):
+        text = fill(text, "negative-transfer", negative_transfer(results, alone, described))
+    return metadata(card, folder.resolve().name, results, described) + text
 
 
-def render_discussion(text: str) -> str:
-    """Returns discussion.md with its tables made anew."""
+def render_discussion(text: str, folder: Path = ROOT) -> str:
+    """Returns a folder's discussion.md with its tables made anew."""
     runs = {
-        "heads at 2e-4": read("slow_heads_validation"),
-        "heads at 2e-3": read("release_validation"),
+        "heads at 2e-4": read("slow_heads_validation", folder),
+        "heads at 2e-3": read("release_validation", folder),
     }
-    return fill(text, "comparison", comparison(runs, read("tasks")))
+    return fill(text, "comparison", comparison(runs, read("tasks", folder)))
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT)
+    folder = parser.parse_args().folder
     for name, render in (("README.md", render_card), ("discussion.md", render_discussion)):
-        path = ROOT / name
-        path.write_text(render(path.read_text("utf-8")), "utf-8")
+        path = folder / name
+        if not path.exists():
+            print(f"{path} does not exist, and is not made")
+            continue
+        try:
+            path.write_text(render(path.read_text("utf-8"), folder), "utf-8")
+        except ValueError as error:
+            sys.exit(f"{path}: {error}")
         print(f"{name} holds the numbers of results/")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -46,6 +47,8 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 logging.disable_progress_bar()
+settings.register_profile("shared machines are slow at times", deadline=None)
+settings.load_profile("shared machines are slow at times")
 
 
 def tiny_config(model_type: str = "bert", **fields: Any) -> MultiTaskConfig:

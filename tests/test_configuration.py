@@ -108,6 +108,13 @@ TEXT = {"kind": "sequence_classification", "labels": ["a", "b"]}
         ({"tasks": {"a": {**NER, "labels": ["B-X", "I-X"]}}}, "tasks.a.labels .* 'O' among them"),
         ({"tasks": {"a": {**TEXT, "classifier_dropout": 1.0}}}, r"tasks.a.classifier_dropout is 1.0; allowed: a number in"),
         ({"tasks": {"a": {**TEXT, "hidden_dim": 1.5}}}, "tasks.a.hidden_dim is 1.5"),
+        ({"tasks": {"a": {**NER, "casing_dim": 0}}}, "tasks.a.casing_dim is 0; allowed: a positive integer or null"),
+        ({"tasks": {"a": {**TEXT, "casing_dim": 8}}}, "tasks.a.casing_dim is 8; allowed: null for a sequence"),
+        (
+            {"tasks": {"a": {**TEXT, "pooling_mode": "sum"}}},
+            "tasks.a.pooling_mode is 'sum'; allowed: null, or for a text cls",
+        ),
+        ({"tasks": {"a": {**NER, "pooling_mode": "cls"}}}, "tasks.a.pooling_mode is 'cls'"),
         ({"tasks": {"a": {**TEXT, "layer_mix": 1}}}, "tasks.a.layer_mix is 1; allowed: true or false"),
         ({"tasks": {"a": {**TEXT, "temperature": 0}}}, "tasks.a.temperature is 0; allowed: a positive number"),
         ({"tasks": {"a": {**TEXT, "temperature": float("nan")}}}, "tasks.a.temperature is nan"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from configuration_multitask import POOLING_MODES
+from configuration_multitask import CASINGS, POOLING_MODES
 from modeling_multitask import (
     IGNORE_INDEX,
     MultiTaskForSequenceClassification,
@@ -155,6 +155,40 @@ def test_a_hidden_layer_makes_the_head_an_mlp():
     head, pooled = model.heads["topics"], torch.randn(3, 32)
     expected = head.classifier(torch.nn.functional.gelu(head.dense(pooled)))
     torch.testing.assert_close(head(pooled), expected)
+
+
+def test_a_head_can_pool_in_its_own_way():
+    fields = {"kind": "sequence_classification", "labels": ["a", "b"]}
+    model = tiny_model(tasks={"own": {**fields, "pooling_mode": "cls"}, "shared": fields})
+    model.heads["shared"].load_state_dict(model.heads["own"].state_dict())
+    out = run(model)
+    torch.testing.assert_close(out.logits["own"], model.heads["own"](pool(out.last_hidden_state, MASK, "cls")))
+    torch.testing.assert_close(out.logits["shared"], model.heads["own"](pool(out.last_hidden_state, MASK, "mean")))
+
+
+def test_casing_reaches_its_head_and_nothing_else():
+    ner = {"kind": "token_classification", "labels": ["O", "B-X"], "hidden_dim": 16}
+    model = tiny_model(tasks={"cased": {**ner, "casing_dim": 4}, "uncased": ner})
+    casing_ids = torch.arange(IDS.numel()).view_as(IDS) % len(CASINGS)
+    unknown, known = run(model), run(model, casing_ids=casing_ids)
+    assert_same_outputs(unknown, run(model, casing_ids=torch.zeros_like(IDS)))
+    assert torch.equal(unknown.sentence_embedding, known.sentence_embedding)
+    assert torch.equal(unknown.logits["uncased"], known.logits["uncased"])
+    assert not torch.allclose(unknown.logits["cased"], known.logits["cased"])
+    with pytest.raises(ValueError, match=r"casing_ids have shape \[1, 1\]; the input has"):
+        run(model, casing_ids=casing_ids[:1, :1])
+
+
+def test_the_casing_of_padding_changes_nothing():
+    model = tiny_model(tasks={"ner": {"kind": "token_classification", "labels": ["O", "B-X"], "casing_dim": 4}})
+    ids, casing_ids = torch.tensor([[1, 9, 8, 2]]), torch.tensor([[0, 2, 1, 0]])
+    alone = model(ids, casing_ids=casing_ids).logits["ner"]
+    padded = model(
+        torch.tensor([[1, 9, 8, 2, 0, 0]]),
+        attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]),
+        casing_ids=torch.tensor([[0, 2, 1, 0, 5, 5]]),
+    ).logits["ner"]
+    torch.testing.assert_close(padded[:, :4], alone)
 
 
 def test_inputs_and_configuration_are_left_alone():

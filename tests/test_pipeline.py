@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from configuration_multitask import CASINGS
 from modeling_multitask import MultiTaskForTokenClassification
-from pipeline_multitask import BioScheme, text_problem, word_starts
+from pipeline_multitask import BioScheme, MultiTaskPipeline, text_problem, word_casing, word_starts
 from tests.conftest import TASKS, TEXTS, WINDOW, tiny_model, tiny_tokenizer
 
 LABELS = TASKS["ner"]["labels"]  # O B-PER I-PER B-LOC I-LOC
@@ -99,6 +101,31 @@ def test_decoding_finds_the_best_allowed_sequence_of_every_text(seed, lengths):
         if end > start:
             total = scores[np.arange(start, end), path[start:end]].sum()
             assert total == pytest.approx(best_by_trying_all(scores[start:end]))
+
+
+@pytest.mark.parametrize(
+    ("word", "casing"),
+    [("paris", "lower"), ("Paris", "title"), ("USA", "upper"), ("A", "capital"), ("McCoy", "mixed"), ("iPhone", "mixed"),
+     ("42", "digits"), ("4th", "lower"), ("F16", "upper"), (",", "punctuation"), ("😀", "punctuation"), ("東京", "lower"),
+     ("É", "capital"), ("Élan", "title"), ("ß", "lower"), ("", "punctuation")],
+)  # fmt: skip
+def test_how_a_word_is_written(word, casing):
+    assert CASINGS[word_casing(word)] == casing
+
+
+def test_a_word_is_judged_by_how_it_is_written(release):
+    fields = {"kind": "token_classification", "labels": ["O", "B-X", "I-X"], "casing_dim": 4}
+    pipe = MultiTaskPipeline(
+        model=tiny_model(tasks={"ner": fields}), tokenizer=AutoTokenizer.from_pretrained(release), device="cpu"
+    )
+    seen = {}
+    for text in ("tim cook", "Tim Cook"):
+        (window,) = pipe.preprocess([text], tasks=["ner"])
+        pipe._forward([window], tasks=["ner"])
+        seen[text] = window
+    first, second = seen.values()
+    assert first.input_ids == second.input_ids and (first.embedding == second.embedding).all()
+    assert not np.allclose(first.logits["ner"], second.logits["ner"])
 
 
 def test_decoding_by_example():

@@ -250,7 +250,7 @@ def test_metrics_by_hand():
     found = classification_metrics(["a", "a", "b"], ["a", "b", "b"])
     assert found["macro_recall"] == pytest.approx(0.75) and found["accuracy"] == pytest.approx(2 / 3)
     found = entity_metrics([["B-X", "I-X", "O", "B-Y"]], [["B-X", "I-X", "O", "O"]])
-    assert found == {"f1": pytest.approx(2 / 3), "precision": 1.0, "recall": 0.5}
+    assert found == {"f1": pytest.approx(2 / 3), "precision": 1.0, "recall": 0.5, "f1_X": 1.0, "f1_Y": 0.0}
     vectors = np.array([[1.0, 0], [1, 0], [1, 0]]), np.array([[1.0, 0], [1, 1], [0, 1]])
     assert similarity_metrics(*vectors, [5.0, 2.0, 1.0]) == pytest.approx(1.0)
 

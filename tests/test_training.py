@@ -1,311 +1,331 @@
-"""Training data and the training loop: labels land where they should, and a model learns from every kind of task."""
+"""Training as a user runs it, on tiny real models: every kind of task is learned, and runs can be watched, stopped and resumed."""
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertModel
 
-from evaluation import evaluate
-from evaluation.metrics import token_spans
-from modeling_multitask import IGNORE_INDEX, MultiTaskModel
+from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-from tests.conftest import ROOT, WINDOW, tiny_config, tiny_tokenizer
+from tests.conftest import ROOT, tiny_config, tiny_tokenizer
 from training import train
-from training.data import align_tags, class_names, load_split, pad_batch, sequence_examples, token_examples
-from training.recipe import Recipe, RecipeError, TaskRecipe
+from training.recipe import Recipe, RecipeError
+from training.trainer import COMPLETE, TrainingError, newest_checkpoint
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
 
-def aligned(family, tokens, tags):
-    """Returns the labelled words of joined tokens as (text of the first token, tag)."""
-    text = " ".join(tokens)
-    encoding = tiny_tokenizer(family)(text).encodings[0]
-    found = align_tags(text, encoding, token_spans(tokens), tags)
-    return [
-        (text[start:end].strip()[:1], tag)
-        for (start, end), tag in zip(encoding.offsets, found, strict=True)
-        if tag is not None
-    ]
+def split(name: str) -> Dataset:
+    """Returns eight examples of one kind of task."""
+    text = {"text": ["love it", "so sad", "love", "sad", "love me", "sad day", "i love", "how sad"]}
+    good = [1, 0, 1, 0, 1, 0, 1, 0]
+    if name == "mood":
+        names = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+        return Dataset.from_dict({**text, "label": good}, features=names)
+    if name == "topics":
+        names = Features({"text": Value("string"), "label": List(ClassLabel(names=["love", "sad"]))})
+        return Dataset.from_dict({**text, "label": [[x] for x in [0, 1] * 4]}, features=names)
+    if name == "rating":
+        return Dataset.from_dict({**text, "stars": [5.0 * x for x in good]})
+    if name == "ner":
+        tokens = [["Tim", "is", "in", "Rome"], ["Cook", "!"], ["to", "Paris"], ["A", "U.S.", "store"]] * 2
+        tags = [[1, 0, 0, 3], [1, 0], [0, 3], [0, 3, 0]] * 2
+        names = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=TAGS))})
+        return Dataset.from_dict({"tokens": tokens, "tags": tags}, features=names)
+    first, second = (
+        ["love", "so sad", "Rome", "tim", "a", "b", "x", "y"],
+        ["love it", "Paris", "Rome", "cook", "c", "b", "x", "z"],
+    )
+    if name == "pairs":
+        return Dataset.from_dict({"a": first, "b": second, "score": [0.8, 0.1, 1.0, 0.2, 0.0, 1.0, 1.0, 0.1]})
+    return Dataset.from_dict({"a": first, "p": [x + "!" for x in first], "n": first[1:] + first[:1]})  # triplets
 
 
-@pytest.mark.parametrize("family", ["wordpiece", "bytes", "unigram"])
-def test_each_word_gets_its_tag_once_and_subwords_get_none(family):
-    words = aligned(family, ["Tim", "Cook", "saw", "Rome", "."], ["B-PER", "I-PER", "O", "B-LOC", "O"])
-    assert words == [("T", "B-PER"), ("C", "I-PER"), ("s", "O"), ("R", "B-LOC"), (".", "O")]
+KINDS = {
+    "mood": 'kind = "sequence_classification"\ntext_columns = ["text"]\nlabel_column = "label"\nclass_weights = "inverse_frequency"',
+    "topics": 'kind = "sequence_classification"\ntext_columns = ["text"]\nlabel_column = "label"\n'
+    'head = {problem_type = "multi_label_classification"}',
+    "rating": 'kind = "sequence_classification"\ntext_columns = ["text"]\nlabel_column = "stars"\nhead = {problem_type = "regression"}',
+    "ner": 'kind = "token_classification"\ntext_columns = ["tokens"]\nlabel_column = "tags"\npassage_rows = 2\n'
+    "head = {casing_dim = 4, hidden_dim = 16}",
+    "pairs": 'kind = "scored_pairs"\ntext_columns = ["a", "b"]\nlabel_column = "score"',
+    "triplets": 'kind = "triplets"\ntext_columns = ["a", "p", "n"]',
+}
 
 
-@pytest.mark.parametrize("family", ["wordpiece", "bytes", "unigram"])
-def test_a_token_of_several_words_begins_once_and_goes_on_inside(family):
-    words = aligned(family, ["in", "U.S.", "x-ray", "Paris"], ["O", "B-LOC", "O", "B-LOC"])
-    assert words == [
-        ("i", "O"), ("U", "B-LOC"), (".", "I-LOC"), ("S", "I-LOC"), (".", "I-LOC"),
-        ("x", "O"), ("-", "O"), ("r", "O"), ("P", "B-LOC"),
-    ]  # fmt: skip
+class Workshop:
+    """A folder with a tiny pretrained encoder, data sets of every kind, and recipes over them."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs = folder, 0
+        torch.manual_seed(0)
+        BertModel(tiny_config(tasks={}, embedding_dim=None).encoder_config).save_pretrained(folder / "encoder")
+        tiny_tokenizer().save_pretrained(folder / "encoder")
+        for name in KINDS:
+            (folder / name).mkdir()
+            for part in ("train", "validation"):
+                split(name).to_parquet(folder / name / f"{part}.parquet")
 
-@given(st.lists(st.text(alphabet="aB.-'é😀", min_size=1, max_size=4), min_size=1, max_size=6), st.data())
-def test_alignment_loses_no_token_and_invents_no_beginning(tokens, data):
-    tags = data.draw(st.lists(st.sampled_from(["O", "B-PER"]), min_size=len(tokens), max_size=len(tokens)))
-    for family in ("wordpiece", "bytes"):
-        words = [tag for _, tag in aligned(family, tokens, tags)]
-        assert words.count("B-PER") == tags.count("B-PER")
-        assert len(words) >= len(tokens)
+    def write(self, *names: str) -> Path:
+        tasks = [
+            f'[tasks.{x}]\n{KINDS[x]}\ndataset = "{self.folder / x}"\nfolder = "{x}"\nbatch_size = 4\nepochs = 4'
+            for x in names
+        ]
+        model = f'[model]\nencoder = "{self.folder / "encoder"}"\nmax_length = 32\nembedding_dim = 8\nprefix_dims = [4]'
+        rest = "[optimizer]\nlearning_rate = 5e-3\nhead_learning_rate = 2e-2\nweight_decay = 0.0\n[run]\nseed = 3\ncalibrate = false"
+        path = self.folder / f"{'-'.join(names)}.toml"
+        path.write_text("\n".join([model, *tasks, rest]))
+        return path
 
+    def train(self, *names: str, settings: tuple[str, ...] = (), **options) -> tuple[MultiTaskModel, Path]:
+        self.runs += 1
+        output = options.pop("output", self.folder / f"run{self.runs}")
+        return train.train(Recipe.read(self.write(*names), overrides=settings), output, **options), output
 
-def test_token_examples_cut_at_the_window_and_ignore_special_tokens():
-    data = Dataset.from_dict({"tokens": [["Tim"] * 50], "tags": [[1] * 50]})
-    example = token_examples(data, "tokens", "tags", TAGS, tiny_tokenizer())[0]
-    assert len(example["input_ids"]) == len(example["labels"]) == WINDOW
-    assert example["labels"] == [IGNORE_INDEX, *[1] * (WINDOW - 2), IGNORE_INDEX]
+    def pipe(self, output: Path) -> MultiTaskPipeline:
+        model = MultiTaskModel.from_pretrained(output / "final")
+        return MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(output / "final"), device="cpu")
 
-
-def test_padding_and_masks():
-    batch = pad_batch([[1, 5, 2], [1, 2]], pad_token_id=0)
-    assert batch["input_ids"].tolist() == [[1, 5, 2], [1, 2, 0]] and batch["attention_mask"].tolist() == [
-        [1, 1, 1],
-        [1, 1, 0],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: token_examples(Dataset.from_dict({"x": [["a"], ["a", "b"]], "y": [[0], [0]]}), "x", "y", TAGS, tiny_tokenizer()),
-         "row 1: 2 x but 1 y"),
-        (lambda: token_examples(Dataset.from_dict({"x": [["a"]], "y": [[9]]}), "x", "y", TAGS, tiny_tokenizer()),
-         "row 0 of y, row 0: label 9 is outside 0 … 4"),
-        (lambda: sequence_examples(Dataset.from_dict({"x": ["a", "b"], "y": [0, -1]}), "x", "y", ["n", "p"], tiny_tokenizer()),
-         "column y, row 1: label -1 is outside 0 … 1"),
-        (lambda: class_names(Dataset.from_dict({"y": [0]}), "y"), "column 'y' declares no label names"),
-    ],
-)  # fmt: skip
-def test_bad_data_is_named_by_row_and_field(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    @property
+    def start(self) -> BertModel:
+        return BertModel.from_pretrained(self.folder / "encoder")
 
 
 @pytest.fixture
-def folders(tmp_path):
-    """Four small data sets as parquet folders, which `load_dataset` reads like sets on the Hub."""
-    words = List(Value("string"))
-    sets = {
-        "mood": Dataset.from_dict(
-            {"text": ["love it", "so sad", "love", "sad"], "label": [1, 0, 1, 0]},
-            features=Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])}),
-        ),
-        "names": Dataset.from_dict(
-            {"tokens": [["Tim", "is", "in", "Rome"], ["Cook", "!"]] * 2, "tags": [[1, 0, 0, 3], [1, 0]] * 2},
-            features=Features({"tokens": words, "tags": List(ClassLabel(names=TAGS))}),
-        ),
-        "pairs": Dataset.from_dict(
-            {"a": ["love", "so sad", "Rome"], "b": ["love it", "Paris", "Rome"], "score": [0.8, 0.1, 1.0]}
-        ),
-    }
-    for name, data in sets.items():
-        (tmp_path / name).mkdir()
-        data.to_parquet(tmp_path / name / "train.parquet")
-    return tmp_path
+def workshop(tmp_path):
+    return Workshop(tmp_path)
 
 
-def test_splits_come_from_folders_and_problems_are_named(folders):
-    data = load_split(str(folders / "mood"), "train", ["text", "label"])
-    assert class_names(data, "label") == ["bad", "good"] and len(data) == 4
-    assert class_names(load_split(str(folders / "names"), "train", ["tags"]), "tags") == TAGS
-    with pytest.raises(ValueError, match=r"mood, split train: no column \['label2'\]; it has \['text', 'label'\]"):
-        load_split(str(folders / "mood"), "train", ["label2"])
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    return all(torch.equal(x, second.state_dict()[key]) for key, x in first.state_dict().items())
 
 
-RECIPE = """
-[model]
-encoder = "{encoder}"
-pooling_mode = "mean"
-embedding_dim = 8
-prefix_dims = [4]
-max_length = 32
-
-[tasks.mood]
-kind = "sequence_classification"
-dataset = "{data}/mood"
-folder = "mood"
-text_columns = ["text"]
-label_column = "label"
-batch_size = 2
-epochs = {epochs}
-
-[tasks.ner]
-kind = "token_classification"
-dataset = "{data}/names"
-folder = "names"
-text_columns = ["tokens"]
-label_column = "tags"
-batch_size = 4
-epochs = {epochs}
-
-[tasks.similarity]
-kind = "scored_pairs"
-dataset = "{data}/pairs"
-folder = "pairs"
-text_columns = ["a", "b"]
-label_column = "score"
-batch_size = 3
-epochs = {epochs}
-
-[training]
-learning_rate = 5e-3
-head_learning_rate = 2e-2
-weight_decay = 0.0
-warmup_ratio = 0.05
-preserve_weight = 0.1
-freeze = "{freeze}"
-seed = 3
-"""
+# What is learned
 
 
-def train_tiny(folders, tmp_path, monkeypatch, freeze, epochs):
-    """Trains a tiny model on the small sets with the command that a user would type; returns it and its encoder's start."""
-    torch.manual_seed(0)
-    BertModel(tiny_config(tasks={}, embedding_dim=None).encoder_config).save_pretrained(tmp_path / "encoder")
-    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(encoder=tmp_path / "encoder", data=folders, epochs=epochs, freeze=freeze))
-    monkeypatch.setattr("sys.argv", ["train", str(recipe), "--output", str(tmp_path / "run")])
-    train.main()
-    return MultiTaskModel.from_pretrained(tmp_path / "run/final"), BertModel.from_pretrained(tmp_path / "encoder")
-
-
-def test_training_learns_every_task_and_leaves_frozen_embeddings_alone(folders, tmp_path, monkeypatch):
-    model, start = train_tiny(folders, tmp_path, monkeypatch, freeze="word_embeddings", epochs=60)
-    assert torch.equal(model.get_input_embeddings().weight, start.get_input_embeddings().weight)
-    assert not torch.equal(model.encoder.encoder.layer[0].output.dense.weight, start.encoder.layer[0].output.dense.weight)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/final")
-    pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device="cpu")
-    assert [x["labels"]["mood"]["label"] for x in pipe(["love it", "so sad"])] == ["good", "bad"]
+def test_eight_examples_of_every_kind_are_learned_by_one_model(workshop):
+    epochs = tuple(f"tasks.{name}.epochs=25" for name in KINDS)
+    model, output = workshop.train(
+        *KINDS, settings=("freezing.freeze=word_embeddings", "losses.preserve_weight=0.1", *epochs)
+    )
+    assert torch.equal(model.get_input_embeddings().weight, workshop.start.get_input_embeddings().weight)
+    pipe = workshop.pipe(output)
+    records = pipe(list(split("mood")["text"]))
+    assert [x["labels"]["mood"]["label"] for x in records] == ["good", "bad"] * 4
+    assert [x["labels"]["topics"]["labels"] for x in records] == [["love"], ["sad"]] * 4
+    assert all(abs(x["labels"]["rating"]["values"]["stars"] - y) < 1.5 for x, y in zip(records, [5, 0] * 4, strict=True))
     entities = pipe("Tim is in Rome")["entities"]["ner"]
     assert [(x["word"], x["entity_group"]) for x in entities] == [("Tim", "PER"), ("Rome", "LOC")]
-    love, love_it, sad, paris = (pipe(x)["sentence_embedding"] for x in ("love", "love it", "so sad", "Paris"))
-    assert love @ love_it > sad @ paris
-    assert json.loads((tmp_path / "run/final/recipe.json").read_text())["training"]["seed"] == 3
-    assert list(model.config.tasks) == ["mood", "ner"]
-
-
-def test_evaluation_measures_what_users_get_and_says_on_what(folders, tmp_path, monkeypatch):
-    train_tiny(folders, tmp_path, monkeypatch, freeze="word_embeddings", epochs=60)
-    for folder in ("mood", "names", "pairs"):
-        (folders / folder / "train.parquet").rename(folders / folder / "validation.parquet")
-    final, output = str(tmp_path / "run/final"), tmp_path / "results/tiny.json"
-    arguments = [final, "--recipe", str(tmp_path / "recipe.toml"), "--reference", str(tmp_path / "encoder")]
-    monkeypatch.setattr("sys.argv", ["evaluate", *arguments, "--output", str(output)])
-    monkeypatch.setattr("evaluation.evaluate.NEIGHBOURS", 2)
-    evaluate.main()
-    found = json.loads(output.read_text())
-    assert found["tasks"]["mood"]["metrics"] == {"macro_recall": 1.0, "macro_f1": 1.0, "accuracy": 1.0}
-    assert found["tasks"]["ner"]["metrics"]["f1"] == 1.0 and found["tasks"]["ner"]["rows"] == 4
-    pairs = found["tasks"]["similarity"]["metrics"]
-    assert pairs["spearman"] == 1.0 and {"spearman_4", "spearman_raw", "spearman_reference"} <= set(pairs)
-    assert 0.5 < pairs["cosine_raw"] < 1 and 0 <= pairs["neighbours_at_2"] <= 1
-    assert found["command"].endswith("--split validation --reference ENCODER") and found["recipe"]["training"]["seed"] == 3
-    assert {"revision", "libraries", "hardware", "parameters"} <= set(found)
-    assert str(tmp_path) not in json.dumps({name: x for name, x in found.items() if name != "recipe"})
-
-
-def test_a_frozen_encoder_is_bit_identical_after_training(folders, tmp_path, monkeypatch):
-    model, start = train_tiny(folders, tmp_path, monkeypatch, freeze="encoder", epochs=2)
-    assert all(torch.equal(x, y) for x, y in zip(model.encoder.parameters(), start.parameters(), strict=True))
-
-
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(folders, tmp_path, monkeypatch):
-    make = train.training_arguments
-
-    def save_often(*args):
-        arguments = make(*args)
-        arguments.save_steps = 5
-        return arguments
-
-    monkeypatch.setattr(train, "training_arguments", save_often)
-    whole, _ = train_tiny(folders, tmp_path, monkeypatch, freeze="word_embeddings", epochs=4)
-    for name in ("final", "checkpoint-16"):
-        shutil.rmtree(tmp_path / "run" / name)
-    assert (tmp_path / "run/checkpoint-15").is_dir()
-    monkeypatch.setattr("sys.argv", [*sys.argv, "--resume"])
-    train.main()
-    resumed = MultiTaskModel.from_pretrained(tmp_path / "run/final")
-    assert all(torch.equal(x, resumed.state_dict()[key]) for key, x in whole.state_dict().items())
-
-
-def test_every_problem_of_a_recipe_is_reported_at_once(tmp_path):
-    text = RECIPE.format(encoder="e", data="d", epochs=1, freeze="all")
-    text = (
-        text.replace("max_length = 32", "max_lenght = 32")
-        .replace("epochs = 1", 'epochs = "one"', 1)
-        .replace("seed = 3\n", "")
+    love, love_it, sad, paris, good, other = (
+        pipe(x)["sentence_embedding"] for x in ("love", "love it", "so sad", "Paris", "so sad!", "Rome")
     )
-    (tmp_path / "bad.toml").write_text(text.replace("prefix_dims = [4]", 'prefix_dims = [4, "x"]'))
-    with pytest.raises(RecipeError) as caught:
-        Recipe.read(tmp_path / "bad.toml")
-    lines = str(caught.value).splitlines()
-    assert lines[0].endswith("bad.toml:") and len(lines) == 6
-    for expected in (
-        "model.max_lenght is unknown; known here: encoder, max_length",
-        "model.max_length is missing",
-        "model.prefix_dims[1] is 'x'; it must be of type int",
-        "tasks.mood.epochs is 'one'; it must be of type int",
-        "training.seed is missing",
-    ):
-        assert any(expected in line for line in lines), expected
+    assert love @ love_it > sad @ paris and sad @ good > sad @ other
+    assert list(model.config.tasks) == ["mood", "topics", "rating", "ner"]
+
+
+def test_casing_tells_what_the_uncased_words_cannot(workshop):
+    tokens = [["tim"], ["Tim"], ["cook"], ["Cook"], ["rome"], ["Rome"], ["paris"], ["Paris"]]
+    names = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=TAGS))})
+    data = Dataset.from_dict({"tokens": tokens, "tags": [[0], [1]] * 4}, features=names)
+    for part in ("train", "validation"):
+        data.to_parquet(workshop.folder / "ner" / f"{part}.parquet")
+    _, output = workshop.train("ner", settings=("tasks.ner.passage_rows=1", "tasks.ner.epochs=60"))
+    pipe = workshop.pipe(output)
+    assert [len(x["entities"]["ner"]) for x in pipe(["tim", "Tim", "cook", "Cook"])] == [0, 1, 0, 1]
+    first, second = pipe(["tim", "Tim"])
+    assert (first["sentence_embedding"] == second["sentence_embedding"]).all(), "casing never reaches the embedding"
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    "settings",
     [
-        ('freeze = "x"', 'freeze = "all"', "training.freeze is 'all'; allowed: nothing, word_embeddings, encoder"),
-        ('"scored_pairs"', '"pairs"', "tasks.similarity.kind is 'pairs'; allowed: sequence_classification"),
-        ('["a", "b"]', '["a"]', "tasks.similarity.text_columns is ['a']; a scored_pairs task needs 2"),
-        ("batch_size = 4", "batch_size = 0", "tasks.ner.batch_size is 0; it must be at least 1"),
-        ("weight_decay = 0.0", "weight_decay = nan", "training.weight_decay is nan"),
-        ("[model]", "[model", "cannot be read"),
+        ("losses.weighting=log_labels", "sampling.mode=round_robin"),
+        ("losses.weighting=uncertainty", "sampling.mode=uniform"),
+        ("losses.weighting=pcgrad", "sampling.tasks_per_step=3", "sampling.mode=temperature"),
+        ("losses.weighting=upgrad", "sampling.tasks_per_step=2", "sampling.mode=annealed"),
+        ("freezing.lora_rank=4", "optimizer.learning_rate=2e-2"),
+        ("freezing.gradual=true", "freezing.probe_ratio=0.2", "optimizer.layer_decay=0.8"),
+        ("run.precision=bfloat16", "optimizer.schedule=cosine"),
+        ("losses.preserve_weight=0.5", "losses.preserve_mode=both", "model.encoder_dropout=0"),
     ],
+    ids=lambda settings: settings[0].partition("=")[2] + " " + settings[0].partition("=")[0],
 )
-def test_values_of_a_recipe_are_checked(tmp_path, old, new, message):
-    text = RECIPE.format(encoder="e", data="d", epochs=1, freeze="encoder" if "freeze" not in old else "x")
-    assert old in text
-    (tmp_path / "bad.toml").write_text(text.replace(old, new))
-    with pytest.raises(RecipeError) as caught:
-        Recipe.read(tmp_path / "bad.toml")
-    assert message in str(caught.value)
+def test_every_option_trains_all_tasks(workshop, settings):
+    epochs = tuple(f"tasks.{name}.epochs=20" for name in ("mood", "ner", "pairs"))
+    model, output = workshop.train("mood", "ner", "pairs", settings=(*settings, *epochs))
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["mood_accuracy"] == 1.0 and metrics["ner_f1"] >= 0.75 and metrics["pairs_spearman"] > 0.6, metrics
+    assert not any("lora" in name for name in model.state_dict())
+    assert MultiTaskModel.from_pretrained(output / "final").config.tasks == model.config.tasks
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "training/recipes").glob("*.toml")), ids=lambda path: path.name)
-def test_the_recipes_of_this_repository_are_sound(path):
-    recipe = Recipe.read(path, data=Path("copies"), encoder="folder")
-    assert recipe.model.encoder == "folder"
-    assert all(task.dataset == str(Path("copies") / task.folder) for task in recipe.tasks.values())
+def test_a_teacher_of_another_width_is_followed(workshop, release):
+    settings = (f"losses.teacher='{release}'", "losses.preserve_weight=5", "losses.preserve_mode=similarity")
+    workshop.train("mood", settings=settings)
+    with pytest.raises(
+        RecipeError, match="losses.teacher has vectors of 8 numbers; preserve_mode 'cosine' needs the encoder's 32 or"
+    ):
+        workshop.train("mood", settings=(*settings[:2], "model.embedding_dim=4"))
 
 
-def test_the_projection_starts_as_orthonormal_principal_axes():
-    vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1])
-    axes = train.principal_components(vectors, 3)
-    torch.testing.assert_close(axes @ axes.T, torch.eye(3), atol=1e-5, rtol=0)
-    assert axes[0].abs().argmax() == 0 and axes[1].abs().argmax() == 1
+@pytest.mark.parametrize("part", ["encoder", "embeddings"])
+def test_what_is_frozen_is_bit_identical_after_training(workshop, part):
+    model, _ = workshop.train("mood", "pairs", settings=(f"freezing.freeze={part}", "losses.preserve_weight=1"))
+    start = dict(workshop.start.named_parameters())
+    for name, x in model.encoder.named_parameters():
+        if name.startswith("pooler."):
+            continue  # nothing here reads it
+        assert torch.equal(x, start[name]) == (part == "encoder" or name.startswith("embeddings.")), name
 
 
-def test_every_example_is_in_a_batch_once_per_epoch_and_no_batch_mixes_tasks():
-    examples = [
-        {"input_ids": [1] * (i % 7 + 1), "labels": i, "text": "x" * (i % 7), "target": torch.zeros(2)} for i in range(23)
+def test_a_probe_leaves_the_encoder_alone_until_it_is_over(workshop):
+    model, _ = workshop.train("mood", settings=("freezing.probe_ratio=0.99", "tasks.mood.epochs=1"))
+    assert same(workshop.start, model.encoder), "two steps, of which the probe takes both"
+
+
+def test_missing_labels_are_skipped(workshop):
+    data = split("mood").to_dict()
+    data["label"][3:] = [None] * 5
+    names = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    Dataset.from_dict(data, features=names).to_parquet(workshop.folder / "mood/train.parquet")
+    _, output = workshop.train("mood", settings=("tasks.mood.epochs=30",))
+    assert [x["labels"]["mood"]["label"] for x in workshop.pipe(output)(["love it", "so sad"])] == ["good", "bad"]
+
+
+# The run folder
+
+
+def test_the_run_folder_says_what_was_run(workshop):
+    model, output = workshop.train("mood", "ner", settings=("run.evaluations=2", "freezing.freeze=word_embeddings"))
+    run, recipe = (json.loads((output / name).read_text()) for name in ("run.json", "recipe.json"))
+    assert {"command", "revision", "libraries", "hardware", "parameters", "trained"} <= set(run)
+    assert run["parameters"] - run["trained"] == model.get_input_embeddings().weight.numel()
+    assert run["data"]["mood"]["rows"] == 8 and len(run["data"]["ner"]["sha256"]) == 64
+    assert recipe["run"]["seed"] == 3 and recipe["freezing"]["freeze"] == "word_embeddings"
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["average"] == pytest.approx((metrics["mood_macro_f1"] + metrics["ner_f1"]) / 2)
+    logged = json.loads((output / "history.json").read_text())
+    assert sum("eval_average" in x for x in logged) == 2 and any("loss_ner" in x for x in logged)
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_checkpoint_is_kept_and_a_hopeless_run_stops_early(workshop):
+    settings = ("run.evaluations=8", "run.patience=1", "optimizer.learning_rate=0", "optimizer.head_learning_rate=0")
+    _, output = workshop.train("mood", settings=(*settings, "tasks.mood.epochs=16"))
+    averages = [x["eval_average"] for x in json.loads((output / "history.json").read_text()) if "eval_average" in x]
+    assert len(averages) == 2, "the second evaluation is no better than the first, so the run ends there"
+
+
+def test_another_run_in_the_same_folder_is_refused(workshop):
+    _, output = workshop.train("mood")
+    with pytest.raises(RecipeError, match="holds a run already; continue it with --resume"):
+        workshop.train("mood", output=output)
+    with pytest.raises(RecipeError, match=r"another recipe; these settings differ: optimizer.learning_rate, run.seed$"):
+        workshop.train("mood", output=output, resume=True, settings=("run.seed=4", "optimizer.learning_rate=1"))
+
+
+def test_the_command_reports_problems_in_one_line_each(workshop, monkeypatch, capsys):
+    arguments = ["train", str(workshop.write("mood")), "--output", str(workshop.folder / "run"), "--only", "nothing"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match=r"no task \['nothing'\]"):
+        train.main()
+    monkeypatch.setattr("sys.argv", [*arguments[:4], "--set", "tasks.mood.label_column=stars"])
+    with pytest.raises(SystemExit, match=r"mood, split train: no column \['stars'\]; it has \['text', 'label'\]"):
+        train.main()
+    assert not (workshop.folder / "run").exists(), "nothing is left of a run that could not start"
+
+
+# Stopping and going on
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(workshop):
+    settings = ("run.save_steps=5", "losses.weighting=uncertainty", "losses.preserve_weight=1")
+    whole, output = workshop.train("mood", "ner", "pairs", settings=settings)
+    last = newest_checkpoint(output)
+    shutil.rmtree(output / "final")
+    (last / COMPLETE).unlink()  # as if the run had been killed while it wrote its last checkpoint
+    (last / "model.safetensors").write_bytes(b"cut short")
+    resumed, _ = workshop.train("mood", "ner", "pairs", settings=settings, output=output, resume=True)
+    assert same(whole, resumed)
+
+
+def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(workshop):
+    recipe = workshop.write("mood", "pairs")
+    settings = ["--set", "run.save_steps=20", "--set", "tasks.mood.epochs=40", "--set", "tasks.pairs.epochs=40"]
+    command = [sys.executable, "-m", "training.train", str(recipe), *settings, "--output"]
+    subprocess.run([*command, str(workshop.folder / "whole")], cwd=ROOT, check=True, capture_output=True)
+    killed = workshop.folder / "killed"
+    process = subprocess.Popen([*command, str(killed)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while newest_checkpoint(killed) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert newest_checkpoint(killed) is not None and not (killed / "final").exists()
+    subprocess.run([*command, str(killed), "--resume"], cwd=ROOT, check=True, capture_output=True)
+    whole, resumed = (MultiTaskModel.from_pretrained(x / "final") for x in (workshop.folder / "whole", killed))
+    assert same(whole, resumed)
+
+
+def test_an_undefined_loss_stops_the_run_and_keeps_the_last_good_checkpoint(workshop):
+    data = Dataset.from_dict({"text": split("mood")["text"], "stars": [5.0] * 7 + [float("nan")]})
+    data.to_parquet(workshop.folder / "rating/train.parquet")
+    settings = ("run.save_steps=1", "tasks.rating.batch_size=1")
+    with pytest.raises(
+        TrainingError, match=r"Step \d: the loss of 'rating' is nan.*last good checkpoint is .*Lower optimizer"
+    ) as caught:
+        workshop.train("rating", settings=settings)
+    checkpoint = newest_checkpoint(workshop.folder / "run1")
+    assert str(checkpoint) in str(caught.value)
+    assert all(torch.isfinite(x).all() for x in MultiTaskModel.from_pretrained(checkpoint).parameters())
+
+
+def test_a_full_disk_leaves_no_checkpoint_that_counts(workshop, monkeypatch):
+    import training.trainer
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.trainer.MultiTaskTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="No space left"):
+        workshop.train("mood", settings=("run.save_steps=2",))
+    assert list((workshop.folder / "run1").glob("checkpoint-*")) and newest_checkpoint(workshop.folder / "run1") is None
+
+
+# The same run again, and on several processes
+
+
+def losses(output: Path) -> list[float]:
+    return [x["loss"] for x in json.loads((output / "history.json").read_text()) if "loss" in x]
+
+
+def test_the_losses_of_a_recorded_run_are_reproduced(workshop):
+    _, output = workshop.train("mood", "ner", "pairs", settings=("losses.preserve_weight=1", "tasks.ner.epochs=2"))
+    recorded = json.loads(Path(__file__).with_name("recorded_losses.json").read_text())
+    assert losses(output) == pytest.approx(recorded, abs=2e-5)
+
+
+def test_two_processes_train_as_one_does_with_the_same_steps(workshop):
+    quiet = [
+        "model.encoder_dropout=0",
+        "tasks.mood.head.classifier_dropout=0",
+        "tasks.pairs.epochs=8",
+        "sampling.tasks_per_step=2",
     ]
-    fields = {"kind": "sequence_classification", "dataset": "", "folder": "", "text_columns": ["x"], "label_column": "y"}
-    tasks = {name: TaskRecipe(**fields, batch_size=4, epochs=epochs) for name, epochs in (("a", 2), ("b", 1))}
-    batches = train.TaskBatches(tasks, {"a": examples, "b": examples}, pad_token_id=0, seed=1)
-    for name, times in (("a", 2), ("b", 1)):
-        rows = [row for task_name, rows in batches.batches if task_name == name for row in rows]
-        assert sorted(rows) == sorted(list(range(23)) * times)
-    assert {batch["task"] for batch in (batches[i] for i in range(len(batches)))} == {"a", "b"}
-    again = train.TaskBatches(tasks, {"a": examples, "b": examples}, pad_token_id=0, seed=1)
-    assert again.batches == batches.batches
+    settings = [x for setting in quiet for x in ("--set", setting)]
+    recipe = str(workshop.write("mood", "pairs"))
+    one, two = workshop.folder / "one", workshop.folder / "two"
+    arguments = ["-m", "training.train", recipe, *settings, "--output"]
+    subprocess.run([sys.executable, *arguments, str(one)], cwd=ROOT, check=True, capture_output=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
+    done = subprocess.run([*launch, *arguments, str(two)], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(two)) > 3 and losses(two) == pytest.approx(losses(one), abs=1e-4)

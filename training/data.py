@@ -1,44 +1,74 @@
-"""Training data: data sets from the Hub or from folders, turned into tokenized examples."""
+"""Training data: data sets from the Hub or from folders, turned into tokenized examples, and examples into batches."""
 
 from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from configuration_multitask import TOKEN
 from evaluation.metrics import token_spans
-from modeling_multitask import IGNORE_INDEX
-from pipeline_multitask import word_starts
-from training.recipe import TaskRecipe
+from modeling_multitask import IGNORE_INDEX, pool
+from pipeline_multitask import Window, find_words, word_starts
+from training.recipe import SCORED_PAIRS, TaskRecipe
 
 Example = dict[str, Any]
+FILE_FORMATS = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def load_task_split(task: TaskRecipe, split: str) -> Dataset:
-    """Returns one split of a recipe task's data set, see `load_split`."""
-    return load_split(task.dataset, split, [*task.text_columns, task.label_column])
+    """Returns one split ("train", "validation" or "test") of a recipe task's data set, see `load_split`."""
+    columns = [*task.text_columns, *([] if task.label_column is None else [task.label_column])]
+    return load_split(task.dataset, task.splits.get(split, split), columns)
 
 
 def load_split(name_or_path: str, split: str, columns: Iterable[str]) -> Dataset:
-    """Returns one split of a data set on the Hub or in a local folder.
+    """Returns one split of a data set on the Hub, in a local folder or in a local file.
 
     Args:
-        name_or_path: A Hub id ("eriktks/conll2003", or "cardiffnlp/tweet_eval:sentiment" with a subset) or a folder.
-        split: "train", "validation" or "test".
+        name_or_path: A Hub id ("eriktks/conll2003", or "cardiffnlp/tweet_eval:sentiment" with a subset), a folder, or a
+            csv, jsonl or parquet file, which is a data set with the split "train" alone.
+        split: The data set's own name of the split.
         columns: The columns that will be read.
 
     Raises:
-        ValueError: A column is missing or the split is empty.
+        ValueError: The split or a column is missing, or the split is empty.
     """
+    known = split_names(name_or_path)
+    if split not in known:
+        raise ValueError(
+            f"{name_or_path}: no split {split!r}; it has {', '.join(known)}. Name the data set's own in the task's `splits`."
+        )
     name, _, subset = name_or_path.partition(":")
-    data = load_dataset(name, subset or None, split=split)
+    file_format = FILE_FORMATS.get(Path(name).suffix)
+    source = {"path": file_format, "data_files": {"train": name}} if file_format else {"path": name, "name": subset or None}
+    try:
+        data = load_dataset(**source, split=split)
+    except (ValueError, DatasetGenerationError) as error:  # of no rows, `datasets` makes an error too
+        raise ValueError(f"{name_or_path}, split {split}: no rows, or none that can be read ({error}).") from error
     if missing := [column for column in columns if column not in data.column_names]:
         raise ValueError(f"{name_or_path}, split {split}: no column {missing}; it has {data.column_names}.")
-    if len(data) == 0:
-        raise ValueError(f"{name_or_path}, split {split}: no rows.")
     return data
+
+
+def split_names(name_or_path: str) -> list[str]:
+    """Returns a data set's own names of its splits.
+
+    Raises:
+        ValueError: There is no such data set.
+    """
+    name, _, subset = name_or_path.partition(":")
+    if Path(name).suffix in FILE_FORMATS and Path(name).is_file():
+        return ["train"]
+    try:
+        return get_dataset_split_names(name, subset or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name_or_path} is no data set that can be read: {error}") from error
 
 
 def class_names(data: Dataset, column: str) -> list[str]:
@@ -50,15 +80,34 @@ def class_names(data: Dataset, column: str) -> list[str]:
     feature = data.features[column]
     names = getattr(getattr(feature, "feature", feature), "names", None)
     if not names:
-        raise ValueError(f"column {column!r} declares no label names; its type is {feature}.")
+        raise ValueError(
+            f"column {column!r} declares no label names; its type is {feature}. Give the task's `labels` in the recipe."
+        )
     return list(names)
 
 
-def check_labels(labels: Iterable[int], num_labels: int, where: str) -> None:
-    """Raises a ValueError that names the row if a label is not in 0 … num_labels - 1."""
-    for row, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < num_labels:
-            raise ValueError(f"{where}, row {row}: label {label!r} is outside 0 … {num_labels - 1}.")
+def task_labels(task: TaskRecipe, data: Dataset) -> list[str]:
+    """Returns the label names of a task with a head, in the order of its numbers."""
+    if task.labels is not None:
+        return list(task.labels)
+    if task.head.get("problem_type") == "regression":
+        return [str(task.label_column)]
+    return class_names(data, str(task.label_column))
+
+
+def label_id(value: object, labels: list[str], where: str) -> int:
+    """Returns the number of a label given by number or by name; -100 for a missing one (None).
+
+    Raises:
+        ValueError: There is no such label; the message starts with `where`.
+    """
+    if value is None:
+        return IGNORE_INDEX
+    if isinstance(value, str) and value in labels:
+        return labels.index(value)
+    if type(value) is int and 0 <= value < len(labels):
+        return value
+    raise ValueError(f"{where}: label {value!r} is none of 0 … {len(labels) - 1} ({', '.join(labels)}).")
 
 
 def align_tags(text: str, encoding: Any, spans: list[tuple[int, int]], tags: list[str]) -> list[str | None]:
@@ -87,54 +136,119 @@ def align_tags(text: str, encoding: Any, spans: list[tuple[int, int]], tags: lis
     return aligned
 
 
-def token_examples(
-    data: Dataset, tokens_column: str, tags_column: str, labels: list[str], tokenizer: PreTrainedTokenizerBase
+def make_examples(
+    task: TaskRecipe, data: Dataset, labels: list[str], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[Example]:
-    """Returns examples with `input_ids`, `labels` (int per token, -100 where none) and `text`.
+    """Returns a split's examples, ready for `make_batch`.
+
+    An example holds `input_ids` (for pairs and triplets a list of them), `text` likewise, and `labels`: int for single
+    labels, float per label for multi-label and regression, int per token for tags, float for a pair's score. Token
+    examples also hold `casing_ids`.
+
+    Args:
+        task: The task.
+        data: Its split.
+        labels: Its label names; empty for pairs and triplets.
+        tokenizer: A fast tokenizer; texts are cut to its `model_max_length`.
+        where: Names data set and split in errors.
 
     Raises:
-        ValueError: A row has tokens and tags of different lengths, or a tag outside `labels`.
+        ValueError: A row does not hold what it should; the message names it and the column.
     """
+    if task.kind == TOKEN:
+        return _token_examples(task, data, labels, tokenizer, where)
+    columns = [_texts(data, column, where) for column in task.text_columns]
+    ids = [tokenizer(texts, truncation=True)["input_ids"] for texts in columns]
+    values = data[task.label_column] if task.label_column else [0.0] * len(data)
     examples = []
-    for row, (tokens, tags) in enumerate(zip(data[tokens_column], data[tags_column], strict=True)):
-        if len(tokens) != len(tags):
-            raise ValueError(f"row {row}: {len(tokens)} {tokens_column} but {len(tags)} {tags_column}.")
-        check_labels(tags, len(labels), f"row {row} of {tags_column}")
-        text = " ".join(tokens)
-        encoding = tokenizer(text, truncation=True).encodings[0]
-        aligned = align_tags(text, encoding, token_spans(tokens), [labels[tag] for tag in tags])
-        ids = [IGNORE_INDEX if tag is None else labels.index(tag) for tag in aligned]
-        examples.append({"input_ids": encoding.ids, "labels": ids, "text": text})
+    for row, (row_ids, texts, value) in enumerate(
+        zip(zip(*ids, strict=True), zip(*columns, strict=True), values, strict=True)
+    ):
+        label = _label(task, value, labels, f"{where}, row {row}, column {task.label_column}")
+        single = len(columns) == 1
+        examples.append(
+            {"input_ids": row_ids[0] if single else list(row_ids), "text": texts[0] if single else texts, "labels": label}
+        )
     return examples
 
 
-def sequence_examples(
-    data: Dataset, text_column: str, label_column: str, labels: list[str], tokenizer: PreTrainedTokenizerBase
+def _texts(data: Dataset, column: str, where: str) -> list[str]:
+    texts = list(data[column])
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{where}, row {row}, column {column}: {text!r:.50} is no text.")
+    return texts
+
+
+def _label(task: TaskRecipe, value: Any, labels: list[str], where: str) -> Any:
+    """Returns one row's label as the task's loss wants it; -100 where it is missing."""
+    problem = task.head.get("problem_type")
+    if not task.has_head:
+        if not isinstance(value, int | float):
+            raise ValueError(f"{where}: score {value!r} is no number.")
+        return float(value)
+    if problem is None or problem == "single_label_classification":
+        return label_id(value, labels, where)
+    if value is None:
+        return [float(IGNORE_INDEX)] * len(labels)
+    if problem == "multi_label_classification":
+        present = {label_id(x, labels, where) for x in _list(value, where)}
+        return [float(i in present) for i in range(len(labels))]
+    numbers = _list(value, where) if isinstance(value, list) else [value]
+    if len(numbers) != len(labels) or not all(isinstance(x, int | float) for x in numbers):
+        raise ValueError(f"{where}: {value!r} is not {len(labels)} number(s), one for each of: {', '.join(labels)}.")
+    return [float(x) for x in numbers]
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: {value!r} is no list of labels.")
+    return value
+
+
+def _token_examples(
+    task: TaskRecipe, data: Dataset, labels: list[str], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[Example]:
-    """Returns examples with `input_ids`, `labels` (int) and `text`.
-
-    Raises:
-        ValueError: A row has a label outside `labels`.
-    """
-    check_labels(data[label_column], len(labels), f"column {label_column}")
-    ids = tokenizer(list(data[text_column]), truncation=True)["input_ids"]
-    return [
-        {"input_ids": x, "labels": y, "text": t} for x, y, t in zip(ids, data[label_column], data[text_column], strict=True)
-    ]
+    rows = _tagged_rows(task, data, labels, where)
+    groups = [rows[start : start + task.passage_rows] for start in range(0, len(rows), task.passage_rows)]
+    if task.passage_rows > 1:  # rows as they are, and longer texts, as people have them
+        rows = rows + [tuple(list(chain(*column)) for column in zip(*group, strict=True)) for group in groups]
+    return [_token_example(tokens, tags, labels, tokenizer) for tokens, tags in rows]
 
 
-def pair_examples(
-    data: Dataset, text_columns: list[str], score_column: str, tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
-    """Returns examples with `input_ids` and `text`, lists of two, and `labels`, the pair's score (float)."""
-    first, second = (list(data[column]) for column in text_columns)
-    ids = [tokenizer(texts, truncation=True)["input_ids"] for texts in (first, second)]
-    return [
-        {"input_ids": pair, "labels": float(score), "text": texts}
-        for pair, score, texts in zip(
-            zip(*ids, strict=True), data[score_column], zip(first, second, strict=True), strict=True
-        )
-    ]
+def _tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> list[tuple[list[str], list[str | None]]]:
+    """Returns each row's tokens and the names of their tags, None for a missing one."""
+    column = str(task.label_column)
+    rows = []
+    for row, (tokens, tags) in enumerate(zip(data[task.text_columns[0]], data[column], strict=True)):
+        if len(tokens) != len(tags):
+            raise ValueError(f"{where}, row {row}: {len(tokens)} {task.text_columns[0]} but {len(tags)} {column}.")
+        ids = [label_id(tag, labels, f"{where}, row {row}, column {column}, token {i}") for i, tag in enumerate(tags)]
+        rows.append((list(tokens), [None if x == IGNORE_INDEX else labels[x] for x in ids]))
+    return rows
+
+
+def _token_example(
+    tokens: list[str], tags: list[str | None], labels: list[str], tokenizer: PreTrainedTokenizerBase
+) -> Example:
+    text = " ".join(tokens)
+    encoding = tokenizer(text, truncation=True).encodings[0]
+    window = Window(0, encoding.ids)
+    find_words(window, text, encoding, True, True)
+    aligned = align_tags(text, encoding, token_spans(tokens), [tag or "" for tag in tags])
+    ids = [labels.index(tag) if tag else IGNORE_INDEX for tag in aligned]
+    return {"input_ids": encoding.ids, "labels": ids, "text": text, "casing_ids": window.casings}
+
+
+def cut_texts(examples: list[Example], max_length: int) -> int:
+    """Returns how many examples hold a text that fills the window, and so may have lost its end."""
+    return sum(any(len(ids) >= max_length for ids in text_ids(example)) for example in examples)
+
+
+def text_ids(example: Example) -> list[list[int]]:
+    """Returns the token ids of each text of an example: one, or those of a pair or a triplet."""
+    ids = example["input_ids"]
+    return ids if isinstance(ids[0], list) else [ids]
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
@@ -146,3 +260,36 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
 def pad_batch(rows: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
     """Returns tokenized texts as `input_ids` and `attention_mask`, int [B, T]."""
     return {"input_ids": pad(rows, pad_token_id), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
+
+
+def make_batch(task: str, kind: str, examples: list[Example], pad_token_id: int) -> dict[str, Any]:
+    """Returns examples of one task as tensors.
+
+    Pairs and triplets become one batch of texts: all first ones, then all second ones, and so on. With `target` vectors
+    in the examples, the batch holds them as float [texts, H].
+    """
+    sides = len(text_ids(examples[0]))
+    batch: dict[str, Any] = {"task": task}
+    batch.update(pad_batch([text_ids(x)[side] for side in range(sides) for x in examples], pad_token_id))
+    labels = [x["labels"] for x in examples]
+    if kind == TOKEN:
+        batch["labels"] = pad(labels, IGNORE_INDEX)
+        batch["casing_ids"] = pad([x["casing_ids"] for x in examples], 0)
+    else:
+        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if kind == SCORED_PAIRS else None)
+    if "target" in examples[0]:
+        batch["target"] = torch.cat([torch.stack([x["target"][side] for x in examples]) for side in range(sides)])
+    return batch
+
+
+@torch.inference_mode()
+def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id: int, batch_size: int = 64) -> Tensor:
+    """Returns the encoder's pooled vectors of tokenized texts, float [len(rows), H], in the order of `rows`."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    vectors = torch.empty(len(rows), encoder.config.hidden_size)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = {name: x.to(encoder.device) for name, x in pad_batch([rows[i] for i in chosen], pad_token_id).items()}
+        hidden = encoder(**inputs).last_hidden_state
+        vectors[chosen] = pool(hidden, inputs["attention_mask"], pooling_mode).float().cpu()
+    return vectors

@@ -1,17 +1,28 @@
 """Recipes: one TOML file says all of a training run; `Recipe.read` checks it whole and reports everything wrong at once."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configuration_multitask import KINDS, SEQUENCE, TOKEN
+from configuration_multitask import KINDS, SEQUENCE, TOKEN, TaskSpec, check_task_name
 
-PAIRS = "scored_pairs"
-FROZEN_PARTS = ("nothing", "word_embeddings", "encoder")
+SCORED_PAIRS, POSITIVE_PAIRS, TRIPLETS = "scored_pairs", "positive_pairs", "triplets"
+EMBEDDING_KINDS = (SCORED_PAIRS, POSITIVE_PAIRS, TRIPLETS)  # these train the embedding, and have no head
+TEXTS = {SEQUENCE: 1, TOKEN: 1, SCORED_PAIRS: 2, POSITIVE_PAIRS: 2, TRIPLETS: 3}  # text columns of each kind
+SPLITS = ("train", "validation", "test")
+CLASS_WEIGHTS = ("none", "inverse_frequency", "effective_number")
+SAMPLING_MODES = ("epochs", "proportional", "temperature", "uniform", "round_robin", "annealed")
+GRADIENT_SURGERY = ("pcgrad", "upgrad")
+WEIGHTINGS = ("fixed", "log_labels", "uncertainty", *GRADIENT_SURGERY)
+PRESERVE_MODES = ("cosine", "similarity", "both")
+FROZEN_PARTS = ("nothing", "word_embeddings", "embeddings", "encoder")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class RecipeError(ValueError):
@@ -20,51 +31,194 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """The model: a pretrained encoder (Hub id or folder), how it pools, and the embedding's width."""
+    """The model: a pretrained encoder (Hub id or folder), how it pools, and the embedding's width.
+
+    Attributes:
+        encoder: Hub id or folder of the encoder to start from.
+        max_length: Tokens of a text that are read in training, special tokens included.
+        pooling_mode: One of `POOLING_MODES`.
+        embedding_dim: Width of the projected embedding; left out: no projection.
+        prefix_dims: Lengths of the embedding's prefixes that the embedding tasks train too (Kusupati et al. 2022,
+            Matryoshka representation learning).
+        encoder_dropout: Dropout inside the encoder in training, in [0, 1); left out: the encoder's own. At 0, the loss that
+            preserves the embedding sees no noise.
+    """
 
     encoder: str
     max_length: int
     pooling_mode: str = "mean"
     embedding_dim: int | None = None
     prefix_dims: list[int] = field(default_factory=list)
+    encoder_dropout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecipe:
-    """One task: its data set and columns, and how much of it is seen.
+    """One task: its data set and columns, how much of it is seen, and its loss.
 
     Attributes:
-        kind: A head's kind, or "scored_pairs", which trains the embedding to rank pairs of texts by their scores.
+        kind: A head's kind, or what trains the embedding: "scored_pairs" (ranks pairs by their scores, CoSENT),
+            "positive_pairs" or "triplets" (a text's partner among all partners of the batch).
         dataset: Hub id, with its subset after a colon, or folder.
         folder: Name of the data set's local copy under the command line's --data.
-        text_columns: The column of texts (or of tokens), or the two columns of a pair.
-        label_column: The column of labels, of tags, or of scores.
-        batch_size: Examples in one batch.
-        epochs: How often each example is seen.
+        text_columns: The column of texts (or of tokens), or those of a pair or a triplet (anchor, positive, negative).
+        label_column: The column of labels, tags or scores; none for positive pairs and triplets.
+        splits: The data set's own names of the splits "train", "validation" and "test", where they differ.
+        labels: Label names in the order of the data set's numbers, if the data set does not declare them.
+        limit: Only so many rows of the train split are used, picked by the run's seed.
+        passage_rows: Token tasks: so many consecutive rows are also joined to one passage, so that the head learns from
+            longer texts as well.
+        batch_size: Texts (or pairs) in one batch.
+        epochs: How often each example is seen under sampling mode "epochs"; otherwise its part of the run's length.
+        loss_weight: Factor of this task's loss.
+        class_weights: "none", "inverse_frequency" or "effective_number" (Cui et al. 2019).
+        focal_gamma: Exponent of the focal loss (Lin et al. 2017); 0: cross-entropy.
+        label_smoothing: Probability mass spread over all labels, in [0, 1).
+        metric: What the task is judged by in validation; left out: the usual one of its kind.
         head: Further fields of the head's `TaskSpec`.
     """
 
     kind: str
     dataset: str
-    folder: str
     text_columns: list[str]
-    label_column: str
-    batch_size: int
-    epochs: int
+    label_column: str | None = None
+    folder: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    labels: list[str] | None = None
+    limit: int | None = None
+    passage_rows: int = 1
+    batch_size: int = 32
+    epochs: float = 1.0
+    loss_weight: float = 1.0
+    class_weights: str = "none"
+    focal_gamma: float = 0.0
+    label_smoothing: float = 0.0
+    metric: str | None = None
     head: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the task has a head, and does not train the embedding itself."""
+        return self.kind in KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRecipe:
-    """The optimization: AdamW with linear decay, and how strongly the embedding is held to the starting encoder's."""
+class SamplingRecipe:
+    """Which task a batch is of.
+
+    Attributes:
+        mode: "epochs" (each task exactly its own number of epochs, shuffled), or drawn at each step: "proportional" to
+            the task's batches, their number to the power of 1/"temperature", "uniform", in turn ("round_robin"), or
+            "annealed" from proportional to nearly uniform (Stickland and Murray 2019).
+        temperature: Of the mode "temperature", at least 1; 1 is proportional.
+        steps: Batches of the whole run; left out: as many as mode "epochs" has. Not for mode "epochs".
+        tasks_per_step: Batches, of whichever tasks come next, whose losses make one optimizer step.
+    """
+
+    mode: str = "epochs"
+    temperature: float = 2.0
+    steps: int | None = None
+    tasks_per_step: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesRecipe:
+    """How the tasks' losses are weighed against each other, and how the embedding is kept.
+
+    Attributes:
+        weighting: "fixed" (each task's `loss_weight`), or besides it: "log_labels" (loss ÷ log of the number of labels,
+            Aghajanyan et al. 2021), "uncertainty" (Kendall et al. 2018), or gradient surgery over the step's tasks,
+            "pcgrad" (Yu et al. 2020) or "upgrad" (Quinton and Rey 2024), which needs torchjd.
+        preserve_weight: Factor of the loss that holds every text's vectors to the teacher's.
+        preserve_mode: "cosine": the pooled vector, each by itself; "similarity": the similarities between the embeddings of
+            a batch; "both": the sum.
+        teacher: Hub id or folder of the sentence transformer that is followed; left out: the starting encoder.
+    """
+
+    weighting: str = "fixed"
+    preserve_weight: float = 0.0
+    preserve_mode: str = "cosine"
+    teacher: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezingRecipe:
+    """What of the encoder is trained, and when.
+
+    Attributes:
+        freeze: What never trains: "nothing", "word_embeddings", all "embeddings" or the whole "encoder".
+        first_layers: So many of the lowest layers, and all embeddings, never train.
+        gradual: Whether layers start to train one after the other, from the top, over the first half of the run
+            (Howard and Ruder 2018).
+        probe_ratio: Share of the run, in [0, 1), in which only heads and projection train (Kumar et al. 2022, linear
+            probe, then fine-tune).
+        lora_rank: If above 0, the encoder trains through low-rank adapters of this rank (Hu et al. 2022), which are
+            merged into its weights at the end.
+    """
+
+    freeze: str = "nothing"
+    first_layers: int = 0
+    gradual: bool = False
+    probe_ratio: float = 0.0
+    lora_rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecipe:
+    """Parameters whose names match a regular expression (`re.search`), and their learning rate."""
+
+    pattern: str
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """AdamW.
+
+    Attributes:
+        learning_rate: Of the encoder's top layer and the projection.
+        head_learning_rate: Of the heads; left out: `learning_rate`.
+        layer_decay: Factor in (0, 1] by which each lower layer's rate is smaller than the next one's.
+        weight_decay: Of matrices; biases and norms do not decay.
+        warmup_ratio: Share of the run in which rates rise from zero.
+        schedule: "linear", "cosine" or "constant" after that.
+        max_grad_norm: Gradients are scaled down to this norm.
+        groups: Rates of parameters by name; the first pattern that matches wins, before all rules above.
+    """
 
     learning_rate: float
-    head_learning_rate: float
-    weight_decay: float
-    warmup_ratio: float
-    preserve_weight: float
-    freeze: str
-    seed: int
+    head_learning_rate: float | None = None
+    layer_decay: float = 1.0
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.06
+    schedule: str = "linear"
+    max_grad_norm: float = 1.0
+    groups: list[GroupRecipe] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecipe:
+    """The run itself.
+
+    Attributes:
+        seed: Of heads, dropout, sampling and the order of batches.
+        evaluations: How many times the validation splits are measured; the checkpoint with the best average is kept.
+        validation_rows: Rows of each validation split that are measured then; left out: all.
+        patience: The run stops after so many evaluations without a better average; left out: it does not.
+        calibrate: Whether each head's temperature is fitted on the validation split at the end.
+        precision: "float32", "bfloat16" or "float16" (the latter two by autocast).
+        save_steps: A checkpoint is written every so many steps.
+        report_to: Where losses and metrics are reported besides the log: "none", "tensorboard" or "trackio".
+    """
+
+    seed: int = 13
+    evaluations: int = 0
+    validation_rows: int | None = None
+    patience: int | None = None
+    calibrate: bool = True
+    precision: str = "float32"
+    save_steps: int = 500
+    report_to: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +227,23 @@ class Recipe:
 
     model: ModelRecipe
     tasks: dict[str, TaskRecipe]
-    training: TrainingRecipe
+    optimizer: OptimizerRecipe
+    sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
+    losses: LossesRecipe = field(default_factory=LossesRecipe)
+    freezing: FreezingRecipe = field(default_factory=FreezingRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
 
     @classmethod
-    def read(cls, path: str | Path, data: Path | None = None, encoder: str | None = None) -> "Recipe":
+    def read(
+        cls, path: str | Path, data: Path | None = None, encoder: str | None = None, overrides: Iterable[str] = ()
+    ) -> "Recipe":
         """Returns the checked recipe of a TOML file.
 
         Args:
             path: The file.
             data: If given, data sets are read from the folders there that the tasks' `folder` keys name.
             encoder: If given, the encoder to start from in place of the file's.
+            overrides: Settings of the form "section.key=value", the value written as in TOML; a bare word is a string.
 
         Raises:
             RecipeError: Keys are unknown, missing or of a wrong type or value, or the file is no TOML.
@@ -91,36 +252,75 @@ class Recipe:
             fields = tomllib.loads(Path(path).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path} cannot be read: {error}") from error
+        for setting in overrides:
+            _override(fields, setting)
+        if encoder:
+            _override(fields, f"model.encoder={encoder!r}")
+        return cls.build(fields, str(path), data)
+
+    @classmethod
+    def build(cls, fields: dict[str, Any], source: str, data: Path | None = None) -> "Recipe":
+        """Returns the checked recipe of parsed TOML; `source` names it in errors.
+
+        Raises:
+            RecipeError: Keys are unknown, missing or of a wrong type or value.
+        """
         problems: list[str] = []
         recipe = _build(cls, fields, "", problems)
         if not problems:
-            problems = _check_values(recipe)
+            problems = _check_values(recipe, data)
         if problems:
-            raise RecipeError("\n  ".join([f"{path}:", *problems]))
-        if data:
-            tasks = {name: dataclasses.replace(x, dataset=str(data / x.folder)) for name, x in recipe.tasks.items()}
-            recipe = dataclasses.replace(recipe, tasks=tasks)
-        return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, encoder=encoder)) if encoder else recipe
+            raise RecipeError("\n  ".join([f"{source}:", *problems]))
+        if data is None:
+            return recipe
+        tasks = {name: dataclasses.replace(x, dataset=str(data / x.folder)) for name, x in recipe.tasks.items()}
+        return dataclasses.replace(recipe, tasks=tasks)
+
+    def only(self, *names: str) -> "Recipe":
+        """Returns the same recipe with these tasks alone, for instance the single-task run of one.
+
+        Raises:
+            RecipeError: There is no such task.
+        """
+        if unknown := [name for name in names if name not in self.tasks]:
+            raise RecipeError(f"no task {unknown}; the recipe's tasks are: {', '.join(self.tasks)}")
+        return dataclasses.replace(self, tasks={name: self.tasks[name] for name in names})
+
+
+def _override(fields: dict[str, Any], setting: str) -> None:
+    """Puts one "section.key=value" into the parsed file."""
+    path, equals, text = setting.partition("=")
+    *sections, key = path.strip().split(".")
+    if not equals or not sections or not all((*sections, key)):
+        raise RecipeError(f"--set {setting}: it must have the form section.key=value, such as run.seed=7")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        fields = fields.setdefault(section, {})
+        if not isinstance(fields, dict):
+            raise RecipeError(f"--set {setting}: {section} is no section")
+    fields[key] = value
 
 
 def _build(kind: Any, value: Any, place: str, problems: list[str]) -> Any:
     """Returns `value` as an instance of the type `kind`, adding a line to `problems` for all that does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):  # in recipes: some type, or None
+        return value if value is None else _build(arguments[0], value, place, problems)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _build_dataclass(kind, value, place, problems)
     if origin is dict and isinstance(value, dict):
         return {key: _build(arguments[1], item, f"{place}.{key}", problems) for key, item in value.items()}
     if origin is list and isinstance(value, list):
         return [_build(arguments[0], item, f"{place}[{i}]", problems) for i, item in enumerate(value)]
-    allowed = arguments if origin in (typing.Union, types.UnionType) else (kind,)
-    if kind is Any or type(value) in allowed:
+    if kind is Any or type(value) is kind:
         return value
-    if float in allowed and type(value) is int:
+    if kind is float and type(value) is int:
         return float(value)
-    names = " or ".join(
-        "table" if dataclasses.is_dataclass(x) or x is dict else getattr(x, "__name__", str(x)) for x in allowed
-    )
-    problems.append(f"{place} is {value!r}; it must be of type {names}")
+    name = "table" if dataclasses.is_dataclass(kind) or origin is dict else getattr(origin or kind, "__name__", str(kind))
+    problems.append(f"{place} is {value!r}; it must be of type {name}")
     return None
 
 
@@ -135,21 +335,139 @@ def _build_dataclass(kind: Any, fields: dict[str, Any], place: str, problems: li
     return None if problems else kind(**values)
 
 
-def _check_values(recipe: Recipe) -> list[str]:
+_CHOICES = {
+    "sampling.mode": SAMPLING_MODES,
+    "losses.weighting": WEIGHTINGS,
+    "losses.preserve_mode": PRESERVE_MODES,
+    "freezing.freeze": FROZEN_PARTS,
+    "optimizer.schedule": ("linear", "cosine", "constant"),
+    "run.precision": PRECISIONS,
+    "run.report_to": ("none", "tensorboard", "trackio"),
+}
+# Smallest and greatest value allowed; None: no greatest one.
+_RANGES = {
+    "model.max_length": (3, None),
+    "model.encoder_dropout": (0, 0.99),
+    "sampling.temperature": (1, None),
+    "sampling.steps": (1, None),
+    "sampling.tasks_per_step": (1, None),
+    "losses.preserve_weight": (0, None),
+    "freezing.first_layers": (0, None),
+    "freezing.probe_ratio": (0, 0.99),
+    "freezing.lora_rank": (0, None),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.head_learning_rate": (0, None),
+    "optimizer.layer_decay": (0.01, 1),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.warmup_ratio": (0, 0.99),
+    "optimizer.max_grad_norm": (0, None),
+    "run.evaluations": (0, None),
+    "run.validation_rows": (1, None),
+    "run.patience": (1, None),
+    "run.save_steps": (1, None),
+}
+_TASK_RANGES = {
+    "limit": (1, None),
+    "passage_rows": (1, None),
+    "batch_size": (1, None),
+    "epochs": (0.001, None),
+    "loss_weight": (0, None),
+    "focal_gamma": (0, None),
+    "label_smoothing": (0, 0.99),
+}
+
+
+def _check_values(recipe: Recipe, data: Path | None) -> list[str]:
     """Returns a line for each value that has the right type and is still not allowed."""
     problems = [] if recipe.tasks else ["tasks is empty; a run needs at least one task"]
+    for path, allowed in _CHOICES.items():
+        section, key = path.split(".")
+        problems += _choice(path, getattr(getattr(recipe, section), key), allowed)
+    for path, limits in _RANGES.items():
+        section, key = path.split(".")
+        problems += _range(path, getattr(getattr(recipe, section), key), *limits)
     for name, task in recipe.tasks.items():
-        if task.kind not in (*KINDS, PAIRS):
-            problems.append(f"tasks.{name}.kind is {task.kind!r}; allowed: {', '.join((*KINDS, PAIRS))}")
-        count = {SEQUENCE: 1, TOKEN: 1, PAIRS: 2}.get(task.kind, len(task.text_columns))
-        if len(task.text_columns) != count:
-            problems.append(f"tasks.{name}.text_columns is {task.text_columns}; a {task.kind} task needs {count}")
-        for key in ("batch_size", "epochs"):
-            if getattr(task, key) < 1:
-                problems.append(f"tasks.{name}.{key} is {getattr(task, key)}; it must be at least 1")
-    if recipe.training.freeze not in FROZEN_PARTS:
-        problems.append(f"training.freeze is {recipe.training.freeze!r}; allowed: {', '.join(FROZEN_PARTS)}")
-    for key in ("learning_rate", "head_learning_rate", "weight_decay", "warmup_ratio", "preserve_weight"):
-        if not 0 <= getattr(recipe.training, key) < float("inf"):
-            problems.append(f"training.{key} is {getattr(recipe.training, key)}; it must be a number of at least 0")
+        problems += [f"tasks.{name}.{problem}" for problem in _task_problems(task, data)]
+        try:
+            check_task_name(name)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems + _contradictions(recipe)
+
+
+def _choice(path: str, value: str, allowed: Iterable[str]) -> list[str]:
+    return [] if value in allowed else [f"{path} is {value!r}; allowed: {', '.join(allowed)}"]
+
+
+def _range(path: str, value: float | None, least: float, greatest: float | None) -> list[str]:
+    if value is None or (math.isfinite(value) and least <= value <= (value if greatest is None else greatest)):
+        return []
+    return [
+        f"{path} is {value}; it must be at least {least} and " + ("finite" if greatest is None else f"at most {greatest}")
+    ]
+
+
+def _task_problems(task: TaskRecipe, data: Path | None) -> list[str]:
+    kinds = (*KINDS, *EMBEDDING_KINDS)
+    problems = _choice("kind", task.kind, kinds) + _choice("class_weights", task.class_weights, CLASS_WEIGHTS)
+    for key, limits in _TASK_RANGES.items():
+        problems += _range(key, getattr(task, key), *limits)
+    if problems:
+        return problems
+    if len(task.text_columns) != TEXTS[task.kind]:
+        problems.append(f"text_columns is {task.text_columns}; a {task.kind} task needs {TEXTS[task.kind]}")
+    if (task.label_column is None) == (task.kind in (*KINDS, SCORED_PAIRS)):
+        needs = "needs one" if task.label_column is None else "has none"
+        problems.append(f"label_column is {task.label_column!r}; a {task.kind} task {needs}")
+    if unknown := sorted(set(task.splits) - set(SPLITS)):
+        problems.append(f"splits names {unknown}; allowed: {', '.join(SPLITS)}")
+    if data is not None and task.folder is None:
+        problems.append("folder is missing; --data needs to know the name of the data set's folder")
+    return problems + _head_problems(task)
+
+
+def _head_problems(task: TaskRecipe) -> list[str]:
+    """Returns what is wrong with the head's fields, and with the fields that only heads understand."""
+    classifies = task.has_head and task.head.get("problem_type") != "regression"
+    problems = []
+    if not classifies and (task.class_weights != "none" or task.focal_gamma or task.label_smoothing):
+        problems.append("class_weights, focal_gamma and label_smoothing are for classification only")
+    if task.passage_rows > 1 and task.kind != TOKEN:
+        problems.append(f"passage_rows is {task.passage_rows}; only {TOKEN} tasks join their rows")
+    if not task.has_head:
+        return problems + ([f"head is {task.head}; a {task.kind} task has no head"] if task.head else [])
+    if fixed := sorted({"kind", "labels", "loss_weight", "thresholds"} & set(task.head)):
+        return [*problems, f"head holds {fixed}; kind, labels and loss_weight stand beside it, thresholds come later"]
+    try:
+        TaskSpec.from_dict("head", {"labels": task.labels or ["O", "B-X"], **task.head, "kind": task.kind})
+    except ValueError as error:
+        problems.append(str(error).removeprefix("tasks."))
+    return problems
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    problems = []
+    sampling, freezing = recipe.sampling, recipe.freezing
+    if sampling.mode == "epochs" and sampling.steps is not None:
+        problems.append(f"sampling.steps is {sampling.steps}; mode 'epochs' counts by the tasks' epochs")
+    if recipe.losses.weighting in GRADIENT_SURGERY and sampling.tasks_per_step < 2:
+        problems.append(f"losses.weighting is {recipe.losses.weighting!r}; it needs sampling.tasks_per_step of at least 2")
+    if recipe.run.patience is not None and not recipe.run.evaluations:
+        problems.append("run.patience needs run.evaluations of at least 1")
+    if freezing.freeze == "encoder" and (freezing.lora_rank or freezing.gradual or freezing.first_layers):
+        problems.append("freezing.freeze is 'encoder'; then lora_rank, gradual and first_layers have nothing to act on")
+    if freezing.lora_rank and (freezing.gradual or freezing.first_layers):
+        problems.append("freezing.lora_rank trains adapters alone; it goes with neither gradual nor first_layers")
+    wide = recipe.model.embedding_dim
+    problems += [
+        f"model.prefix_dims holds {dim}; a prefix of the embedding has from 1 to {wide} numbers"
+        for dim in recipe.model.prefix_dims
+        if dim < 1 or (wide is not None and dim > wide)
+    ]
+    if wide is None and (freezing.freeze == "encoder" or freezing.probe_ratio):
+        problems += [
+            f"tasks.{name} trains the embedding alone, and the encoder is frozen; without model.embedding_dim nothing is left"
+            for name, task in recipe.tasks.items()
+            if not task.has_head
+        ]
     return problems

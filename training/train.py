@@ -1,75 +1,101 @@
 """Trains a multi-task sentence transformer: `python -m training.train training/recipes/release.toml --output runs/release`.
 
-Every step is one batch of one task; tasks share the encoder. Next to the tasks' own losses, every text is held near
-the embedding that the starting encoder gave it.
+Every batch is of one task; tasks share the encoder. The run folder then holds:
+
+    recipe.json       the recipe as it was run
+    run.json          command, revision, libraries, hardware, and of each data set its rows and fingerprint
+    checkpoint-*/     what --resume continues from
+    final/            the trained model and its tokenizer, for release.export
+    metrics.json      what the validation splits gave at the end
+    history.json      losses and metrics over the run, and curves.png, their picture
 """
 
 import argparse
 import dataclasses
 import json
-import random
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer.losses import CoSENTLoss
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-
-from configuration_multitask import SEQUENCE, TOKEN, MultiTaskConfig
-from modeling_multitask import IGNORE_INDEX, MultiTaskModel, pool
-from training.data import (
-    Example,
-    class_names,
-    load_task_split,
-    pad,
-    pad_batch,
-    pair_examples,
-    sequence_examples,
-    token_examples,
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    set_seed,
 )
-from training.recipe import FROZEN_PARTS, PAIRS, Recipe, RecipeError, TaskRecipe, TrainingRecipe
+
+from configuration_multitask import MultiTaskConfig
+from evaluation.calibrate import calibrate
+from evaluation.evaluate import NEIGHBOURS, average, drift, embed, fingerprint, has_split, measure, surroundings
+from evaluation.plots import learning_curves
+from modeling_multitask import MultiTaskModel
+from pipeline_multitask import MultiTaskPipeline
+from training.data import Example, cut_texts, encode, load_task_split, make_examples, task_labels, text_ids
+from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_optimizer
+from training.objectives import Objective, class_weights, label_counts
+from training.recipe import GRADIENT_SURGERY, Recipe, RecipeError
+from training.sampler import BatchPlan
+from training.trainer import COMPLETE, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
+
+REHEARSED_ROWS = 8  # of each validation split
+DRIFT_TEXTS = 1000
+PROJECTION_TEXTS = 10_000  # so many texts are enough to find the principal axes of their vectors
 
 
-def load_examples(task: TaskRecipe, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[str]]:
-    """Returns one task's tokenized examples and its label names (none for scored pairs)."""
-    data = load_task_split(task, split)
-    if task.kind == PAIRS:
-        return pair_examples(data, task.text_columns, task.label_column, tokenizer), []
-    labels = class_names(data, task.label_column)
-    make = sequence_examples if task.kind == SEQUENCE else token_examples
-    return make(data, task.text_columns[0], task.label_column, labels, tokenizer), labels
+@dataclasses.dataclass
+class TaskData:
+    """What training knows of one task's data set."""
+
+    examples: list[Example]
+    labels: list[str]
+    facts: dict[str, Any]
+
+
+def load_task(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+    """Returns a task's training examples, its label names (none without a head), and what to note of them.
+
+    Raises:
+        ValueError: The data set does not hold what the recipe says; the message names split, row and field.
+    """
+    task = recipe.tasks[name]
+    data = load_task_split(task, "train")
+    if task.limit is not None and task.limit < len(data):
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.run.seed))[: task.limit]
+        data = data.select(sorted(chosen.tolist()))
+    labels = task_labels(task, data) if task.has_head else []
+    where = f"tasks.{name} ({task.dataset}, split {task.splits.get('train', 'train')})"
+    examples = make_examples(task, data, labels, tokenizer, where)
+    cut = cut_texts(examples, tokenizer.model_max_length)
+    if cut:
+        print(
+            f"{where}: {cut:,} of {len(examples):,} examples fill all {tokenizer.model_max_length} tokens; no more is read."
+        )
+    return TaskData(examples, labels, {"rows": len(data), "sha256": fingerprint(task, data), "cut": cut})
 
 
 def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskModel, Any]:
     """Returns a model whose encoder has the pretrained weights and whose heads are random, and the pretrained encoder."""
     encoder = AutoModel.from_pretrained(recipe.model.encoder, dtype=torch.float32)
     specs = {
-        name: {"kind": task.kind, "labels": labels[name], **task.head}
+        name: {"kind": task.kind, "labels": labels[name], "loss_weight": task.loss_weight, **task.head}
         for name, task in recipe.tasks.items()
-        if task.kind != PAIRS
+        if task.has_head
     }
     fields = {name: value for name, value in encoder.config.to_dict().items() if name not in ("tasks", "architectures")}
     options = {"pooling_mode": recipe.model.pooling_mode, "embedding_dim": recipe.model.embedding_dim, "tasks": specs}
     model = MultiTaskModel(MultiTaskConfig(**{**fields, **options}))
     model.encoder.load_state_dict(encoder.state_dict())
+    for module in model.encoder.modules():
+        if isinstance(module, torch.nn.Dropout) and recipe.model.encoder_dropout is not None:
+            module.p = recipe.model.encoder_dropout  # not in the configuration: it is a matter of this run
     return model, encoder.eval()
-
-
-@torch.inference_mode()
-def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id: int, batch_size: int = 64) -> Tensor:
-    """Returns the encoder's pooled vectors of tokenized texts, float [len(rows), H], in the order of `rows`."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    vectors = torch.empty(len(rows), encoder.config.hidden_size)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = {name: x.to(encoder.device) for name, x in pad_batch([rows[i] for i in chosen], pad_token_id).items()}
-        hidden = encoder(**inputs).last_hidden_state
-        vectors[chosen] = pool(hidden, inputs["attention_mask"], pooling_mode).float().cpu()
-    return vectors
 
 
 def principal_components(vectors: Tensor, count: int) -> Tensor:
@@ -78,197 +104,258 @@ def principal_components(vectors: Tensor, count: int) -> Tensor:
     return axes[:count].contiguous()
 
 
-def freeze(model: MultiTaskModel, part: str) -> None:
-    """Excludes a part of the encoder (one of `FROZEN_PARTS`) from training."""
-    parts = dict(zip(FROZEN_PARTS, ([], [model.get_input_embeddings()], [model.encoder]), strict=True))
-    for module in parts[part]:
-        module.requires_grad_(False)
+def start_projection(model: MultiTaskModel, encoder: Any, data: dict[str, TaskData], pad_token_id: int) -> None:
+    """Sets the projection to what loses least of the starting encoder's vectors of the training texts."""
+    rows = [ids for x in data.values() for example in x.examples for ids in text_ids(example)]
+    chosen = torch.randperm(len(rows))[:PROJECTION_TEXTS].tolist()
+    vectors = encode(encoder, [rows[i] for i in chosen], model.config.pooling_mode, pad_token_id)
+    axes = principal_components(vectors, model.config.embedding_dim)
+    model.linear.weight.data[: len(axes)] = axes  # there are fewer axes than numbers if there are fewer texts
 
 
-def new_optimizer(model: MultiTaskModel, options: TrainingRecipe) -> torch.optim.AdamW:
-    """Returns AdamW whose heads learn faster than what is pretrained; vectors (biases, norms) do not decay."""
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((name.startswith("heads."), parameter.dim() > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        {
-            "params": parameters,
-            "lr": options.head_learning_rate if in_head else options.learning_rate,
-            "weight_decay": options.weight_decay if decays else 0.0,
-        }
-        for (in_head, decays), parameters in groups.items()
-    )
+def add_targets(data: dict[str, TaskData], recipe: Recipe, encoder: Any, pad_token_id: int) -> None:
+    """Stores with every example, as `target`, the teacher's vector of each of its texts.
 
-
-class TaskBatches(Dataset):
-    """All batches of a run, each of one task and of texts of like length; the Trainer shuffles them.
-
-    Args:
-        tasks: The recipe's tasks.
-        examples: Each task's tokenized examples, with their `target` vectors.
-        pad_token_id: Fills up shorter rows.
-        seed: Decides which examples share a batch.
+    Raises:
+        RecipeError: The teacher's vectors cannot be compared with the model's.
     """
-
-    def __init__(
-        self, tasks: dict[str, TaskRecipe], examples: dict[str, list[Example]], pad_token_id: int, seed: int
-    ) -> None:
-        self.tasks, self.examples, self.pad_token_id = tasks, examples, pad_token_id
-        shuffler = random.Random(seed)
-        self.batches = [
-            (name, rows)
-            for name, task in tasks.items()
-            for _ in range(task.epochs)
-            for rows in _group(examples[name], task.batch_size, shuffler)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        name, rows = self.batches[index]
-        kind, examples = self.tasks[name].kind, [self.examples[name][row] for row in rows]
-        targets = torch.stack([example["target"] for example in examples])
-        if kind == PAIRS:  # all first texts, then all second ones
-            ids = [example["input_ids"][side] for side in (0, 1) for example in examples]
-            targets = targets.transpose(0, 1).flatten(0, 1)
+    losses, width = recipe.losses, encoder.config.hidden_size
+    teacher = None if losses.teacher is None else SentenceTransformer(losses.teacher)
+    for x in data.values():
+        rows = [ids for example in x.examples for ids in text_ids(example)]
+        if teacher is None:
+            vectors = encode(encoder, rows, recipe.model.pooling_mode, pad_token_id)
         else:
-            ids = [example["input_ids"] for example in examples]
-        labels = [example["labels"] for example in examples]
-        return {
-            "task": name,
-            "labels": pad(labels, IGNORE_INDEX) if kind == TOKEN else torch.tensor(labels),
-            "target": targets,
-            **pad_batch(ids, self.pad_token_id),
-        }
+            texts = [text for example in x.examples for text in _texts(example)]
+            vectors = torch.from_numpy(teacher.encode(texts, show_progress_bar=False))
+        if losses.preserve_mode != "similarity" and vectors.shape[1] not in (width, recipe.model.embedding_dim):
+            raise RecipeError(
+                f"losses.teacher has vectors of {vectors.shape[1]} numbers; preserve_mode {losses.preserve_mode!r} needs the encoder's "
+                f"{width} or model.embedding_dim. Use preserve_mode = 'similarity', which compares any widths."
+            )
+        sides = len(text_ids(x.examples[0]))
+        for example, target in zip(x.examples, vectors.view(-1, sides, vectors.shape[1]), strict=True):
+            example["target"] = target
 
 
-def _group(examples: list[Example], size: int, shuffler: random.Random) -> list[list[int]]:
-    """Splits a shuffled epoch into pools of fifty batches, and each pool by length, so that little is padded."""
-
-    def length(row: int) -> int:
-        text = examples[row]["text"]
-        return len(text) if isinstance(text, str) else sum(map(len, text))
-
-    order = shuffler.sample(range(len(examples)), len(examples))
-    pools = [sorted(order[i : i + 50 * size], key=length) for i in range(0, len(order), 50 * size)]
-    return [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+def _texts(example: Example) -> list[str]:
+    return [example["text"]] if isinstance(example["text"], str) else list(example["text"])
 
 
-class MultiTaskTrainer(Trainer):
-    """A Trainer whose every batch is of one task.
+def new_objective(recipe: Recipe, model: MultiTaskModel, data: dict[str, TaskData]) -> Objective:
+    """Returns the loss of the run's batches."""
+    weights = {}
+    for name, spec in model.config.task_specs.items():
+        counts = (
+            label_counts(spec, [x["labels"] for x in data[name].examples]) if spec.problem_type != "regression" else None
+        )
+        found = None if counts is None else class_weights(counts, recipe.tasks[name].class_weights)
+        if found is not None:
+            weights[name] = found
+    num_labels = {name: len(spec.labels) for name, spec in model.config.task_specs.items()}
+    return Objective(recipe.tasks, recipe.losses, weights, num_labels, recipe.model.prefix_dims)
+
+
+def rehearse(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Measures the untrained model on a few rows: what is wrong with measuring is known before the work starts.
+
+    Raises:
+        RecipeError: The encoder cannot read so many tokens.
+        ValueError: A validation split or a metric is not what the recipe says.
+    """
+    if model.max_length is not None and recipe.model.max_length > model.max_length:
+        raise RecipeError(f"model.max_length is {recipe.model.max_length}; this encoder takes {model.max_length} tokens")
+    short = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, validation_rows=REHEARSED_ROWS))
+    validate(model, tokenizer, short)
+
+
+def validate(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, float]:
+    """Returns what the validation splits give.
+
+    That is every metric as "<task>_<metric>", the "average" of the tasks' main ones, and how near the embedding is to the
+    starting encoder's: "cosine_raw" and "neighbours_at_10", see `evaluation.evaluate.drift`.
+    """
+    pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)
+    found = measure(pipe, recipe, "validation", limit=recipe.run.validation_rows)
+    metrics = {f"{name}_{key}": value for name, x in found.items() for key, value in x["metrics"].items()}
+    texts = validation_texts(recipe)
+    if len(texts) > NEIGHBOURS:
+        metrics.update(drift(texts, embed(pipe, texts, [], recipe.model.encoder), intervals=False)[0])
+    return {**metrics, "average": average(found, recipe)}
+
+
+def validation_texts(recipe: Recipe) -> list[str]:
+    """Returns some distinct texts of the tasks' validation splits, on which the embedding's drift is measured."""
+    texts: list[Any] = []
+    for task in recipe.tasks.values():
+        if has_split(task, "validation"):
+            rows = recipe.run.validation_rows or DRIFT_TEXTS
+            texts += load_task_split(task, "validation")[task.text_columns[0]][: min(rows, DRIFT_TEXTS) // len(recipe.tasks)]
+    return list(dict.fromkeys(" ".join(x) if isinstance(x, list) else x for x in texts))
+
+
+def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[MultiTaskTrainer, dict[str, Any]]:
+    """Returns a trainer that is ready to run, and what to note of its data sets.
+
+    Raises:
+        RecipeError: The recipe does not fit its encoder or its data.
+        ValueError: A data set does not hold what the recipe says.
+    """
+    data = {name: load_task(recipe, name, tokenizer) for name in recipe.tasks}
+    set_seed(recipe.run.seed)
+    model, encoder = new_model(recipe, {name: x.labels for name, x in data.items()})
+    batches = BatchPlan(
+        recipe.tasks,
+        {name: x.examples for name, x in data.items()},
+        recipe.sampling,
+        tokenizer.pad_token_id,
+        recipe.run.seed,
+    )
+    args = training_arguments(output, recipe, len(batches) // recipe.sampling.tasks_per_step)
+    encoder.to(args.device)
+    if model.linear is not None:
+        start_projection(model, encoder, data, tokenizer.pad_token_id)
+    if recipe.losses.preserve_weight:
+        add_targets(data, recipe, encoder, tokenizer.pad_token_id)
+    freeze(model, recipe.freezing)
+    objective = new_objective(recipe, model, data)
+    callbacks = [UnfreezeOnSchedule(model, recipe.freezing)]
+    if recipe.run.patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.run.patience))
+    weighting = recipe.losses.weighting
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=args,
+        train_dataset=batches,
+        eval_dataset=batches if recipe.run.evaluations else None,  # asked for by the Trainer; the evaluator reads its own
+        data_collator=lambda items: items[0],
+        processing_class=tokenizer,
+        optimizers=(new_optimizer(model, recipe.optimizer, objective.loss_weights), None),
+        callbacks=callbacks,
+        objective=objective,
+        evaluator=lambda: validate(model, tokenizer, recipe),
+        surgery=weighting if weighting in GRADIENT_SURGERY else None,
+    )
+    return trainer, {name: x.facts for name, x in data.items()}
+
+
+def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
+    """Returns the checkpoint to continue from, after making sure that the folder holds this run or none.
+
+    Raises:
+        RecipeError: There is a run already, and it is not to be resumed or is another one.
+    """
+    path = output / "recipe.json"
+    if not path.exists():
+        return None
+    if not resume:
+        raise RecipeError(f"{output} holds a run already; continue it with --resume, or give another --output")
+    if changed := _flat(as_json(recipe)) ^ _flat(json.loads(path.read_text("utf-8"))):
+        keys = sorted({key for key, _ in changed})
+        raise RecipeError(f"{output} holds the run of another recipe; these settings differ: {', '.join(keys)}")
+    for folder in output.glob("checkpoint-*"):
+        if not (folder / COMPLETE).exists():
+            print(f"{folder} was cut short while it was written, and is removed.")
+            shutil.rmtree(folder)
+    return newest_checkpoint(output)
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """Returns a recipe as JSON holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def _flat(fields: dict[str, Any], place: str = "") -> set[tuple[str, str]]:
+    """Returns all settings as (key, value); where data sets and encoder lie is left out, they may have moved."""
+    found = set()
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{place}{key}.")
+        elif key not in ("dataset", "encoder", "teacher"):
+            found.add((place + key, json.dumps(value)))
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, and the folder that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
+    """Trains and returns a model, and fills the run folder.
 
     Args:
-        preserve_weight: Factor of the embedding-preserving loss, the mean cosine distance between a text's pooled
-            vector and the starting encoder's.
-        prefix_dims: Lengths of the embedding's prefixes that the pair loss trains too (Kusupati et al. 2022,
-            Matryoshka representation learning).
+        recipe: The recipe.
+        output: The run folder.
+        resume: Whether to continue from its newest checkpoint.
+
+    Raises:
+        RecipeError: The recipe cannot be run here.
+        ValueError: A data set does not hold what the recipe says.
+        TrainingError: A loss or a weight was no longer finite.
     """
-
-    def __init__(self, *args: Any, preserve_weight: float, prefix_dims: list[int], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.preserve_weight, self.prefix_dims = preserve_weight, prefix_dims
-        self.cosent = CoSENTLoss(model=None)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        task, labels, target = inputs.pop("task"), inputs.pop("labels"), inputs.pop("target")
-        heads = [task] if task in model.config.tasks else []
-        out = model(**inputs, tasks=heads, labels=dict.fromkeys(heads, labels))
-        pooled = pool(out.last_hidden_state, inputs["attention_mask"], model.config.pooling_mode)
-        loss = out.loss if heads else self._pair_loss(pooled, out.sentence_embedding, labels)
-        drift = 1 - F.cosine_similarity(pooled, target).mean()
-        self._sums = getattr(self, "_sums", {})
-        for name, value in ((task, loss), ("drift", drift)):
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value.item(), count + 1)
-        loss = loss + self.preserve_weight * drift
-        return (loss, out) if return_outputs else loss
-
-    def _pair_loss(self, pooled: Tensor, embedding: Tensor, scores: Tensor) -> Tensor:
-        """CoSENT on the encoder's own vector, on the embedding and on its prefixes."""
-        views = [pooled, embedding, *(embedding[:, :dim] for dim in self.prefix_dims)]
-        losses = [self.cosent.compute_loss_from_embeddings(list(view.chunk(2)), scores) for view in views]
-        return torch.stack(losses).mean()
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds each task's mean loss since the last report."""
-        means = {f"loss_{name}": total / count for name, (total, count) in getattr(self, "_sums", {}).items()}
-        self._sums = {}
-        super().log({**logs, **means}, *args, **kwargs)
+    checkpoint = check_folder(output, recipe, resume)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
+    trainer, facts = new_trainer(recipe, output, tokenizer)
+    rehearse(trainer.model, tokenizer, recipe)
+    if trainer.is_world_process_zero():
+        write_json(output / "recipe.json", as_json(recipe))
+        write_json(output / "run.json", {"command": sys.argv, **sizes(trainer.model), "data": facts, **surroundings()})
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.monotonic() - started
+    if trainer.is_world_process_zero():
+        finish(trainer, recipe, output, tokenizer, seconds)
+    return trainer.model
 
 
-def add_targets(
-    tasks: dict[str, TaskRecipe], examples: dict[str, list[Example]], encoder: Any, model: MultiTaskModel, pad_token_id: int
-) -> Tensor:
-    """Stores with every example the starting encoder's vector of its text; returns all vectors, float [N, H]."""
-    everything = []
-    for name, task in tasks.items():
-        sides = 2 if task.kind == PAIRS else 1
-        rows = [ids for x in examples[name] for ids in (x["input_ids"] if sides == 2 else [x["input_ids"]])]
-        vectors = encode(encoder, rows, model.config.pooling_mode, pad_token_id)
-        for example, target in zip(examples[name], vectors.view(-1, sides, vectors.shape[1]), strict=True):
-            example["target"] = target if sides == 2 else target[0]
-        everything.append(vectors)
-    return torch.cat(everything)
+def sizes(model: MultiTaskModel) -> dict[str, int]:
+    """Returns how many parameters there are, and how many of them train at some time."""
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(x.numel() for x in parameters),
+        "trained": sum(x.numel() for x in parameters if x.requires_grad),
+    }
 
 
-def training_arguments(output: Path, options: TrainingRecipe) -> TrainingArguments:
-    """Returns the Trainer's settings; rates are in the optimizer, batches and epochs in `TaskBatches`."""
-    return TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=1,  # one item of TaskBatches is a whole batch
-        num_train_epochs=1,
-        warmup_steps=options.warmup_ratio,
-        seed=options.seed,
-        logging_steps=50,
-        save_steps=500,
-        save_total_limit=2,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-    )
+def finish(
+    trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase, seconds: float
+) -> None:
+    """Merges adapters, fits temperatures, and writes the trained model, its metrics and the run's history."""
+    model = trainer.model
+    merge_adapters(model)
+    if recipe.run.calibrate:
+        calibrate(model, tokenizer, recipe)
+    model.save_pretrained(output / "final")
+    tokenizer.save_pretrained(output / "final")
+    history = trainer.state.log_history
+    write_json(output / "history.json", history)
+    learning_curves(history, output / "curves.png")
+    metrics = validate(model, tokenizer, recipe)
+    write_json(output / "metrics.json", {"seconds": round(seconds), "steps": trainer.state.global_step, **metrics})
+    print(f"{output}/final holds the trained model; average of the validation splits {metrics['average']:.4f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
+    parser.add_argument("--output", type=Path, required=True, help="the run folder")
     parser.add_argument(
         "--data", type=Path, help="folder with local copies of the data sets, under the recipe's `folder` names"
     )
     parser.add_argument("--encoder", help="folder or Hub id to start from instead of the recipe's")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output folder")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="train these tasks of the recipe alone")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting of the recipe"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the run folder")
     args = parser.parse_args()
     try:
-        recipe = Recipe.read(args.recipe, args.data, args.encoder)
-    except RecipeError as error:
+        recipe = Recipe.read(args.recipe, args.data, args.encoder, args.set)
+        train(recipe.only(*args.only) if args.only else recipe, args.output, args.resume)
+    except (RecipeError, TrainingError, ValueError) as error:
         sys.exit(str(error))
-    options = recipe.training
-    set_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
-    loaded = {name: load_examples(task, "train", tokenizer) for name, task in recipe.tasks.items()}
-    examples = {name: found for name, (found, _) in loaded.items()}
-    model, encoder = new_model(recipe, {name: labels for name, (_, labels) in loaded.items()})
-    encoder.to(training_arguments(args.output, options).device)
-    vectors = add_targets(recipe.tasks, examples, encoder, model, tokenizer.pad_token_id)
-    batches = TaskBatches(recipe.tasks, examples, tokenizer.pad_token_id, options.seed)
-    if model.linear is not None:
-        model.linear.weight.data.copy_(principal_components(vectors, model.config.embedding_dim))
-    freeze(model, options.freeze)
-    trainer = MultiTaskTrainer(
-        model=model,
-        args=training_arguments(args.output, options),
-        train_dataset=batches,
-        data_collator=lambda items: items[0],
-        processing_class=tokenizer,
-        optimizers=(new_optimizer(model, options), None),
-        preserve_weight=options.preserve_weight,
-        prefix_dims=recipe.model.prefix_dims,
-    )
-    trainer.train(resume_from_checkpoint=args.resume)
-    trainer.save_model(str(args.output / "final"))
-    Path(args.output, "final", "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2))
 
 
 if __name__ == "__main__":

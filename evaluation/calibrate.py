@@ -1,0 +1,110 @@
+"""Fits each head's temperature on the validation split: `python -m evaluation.calibrate FOLDER`.
+
+A head's logits are divided by its temperature (Guo et al. 2017, On calibration of modern neural networks), so that
+scores say how often the answer is right. Which label is the likeliest stays as it is.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from configuration_multitask import PROBLEM_TYPES
+from evaluation.evaluate import DEFAULT_RECIPE, check_splits, has_split, predict
+from modeling_multitask import MultiTaskModel
+from pipeline_multitask import MultiTaskPipeline
+from training.data import load_task_split
+from training.recipe import Recipe, RecipeError
+
+BOUNDS = (0.05, 20.0)
+REGRESSION = PROBLEM_TYPES[2]
+
+
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean over items of -log p(label).
+
+    Args:
+        logits: float [N, C].
+        labels: int [N], one label each; or 0/1 [N, C], any number of labels, judged one by one.
+    """
+    if labels.ndim == 1:
+        return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
+    return float(np.logaddexp(0, np.where(labels > 0, -logits, logits)).mean())
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the temperature in `BOUNDS` by which the logits are divided for the least negative log-likelihood.
+
+    It has three decimals, and is 1 where nothing is gained, for instance if all logits are equal.
+
+    Args:
+        logits: float [N, C], without any temperature.
+        labels: int [N], or 0/1 [N, C] for multi-label tasks.
+    """
+    logits = logits.astype(float)
+
+    def loss(log_temperature: float) -> float:
+        return negative_log_likelihood(logits / np.exp(log_temperature), labels)
+
+    found = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-6})
+    temperature = round(float(np.exp(found.x)), 3)
+    return temperature if loss(np.log(temperature)) < loss(0.0) else 1.0
+
+
+def calibrate(
+    model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, split: str = "validation"
+) -> dict[str, float]:
+    """Sets the temperature of each classification head, in the model and its configuration, and returns them by task.
+
+    Doing so again changes nothing. Heads for regression have no temperature, and a task whose data set has no such split
+    keeps its own. The `thresholds` of a multi-label head stay: they are probabilities, to be chosen after this.
+
+    Raises:
+        ValueError: The model does not fit the recipe, or the data are not what the recipe says.
+    """
+    pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)
+    temperatures = {}
+    for name, task in recipe.tasks.items():
+        if not task.has_head or task.head.get("problem_type") == REGRESSION or not has_split(task, split):
+            continue
+        predictions = predict(pipe, name, task, load_task_split(task, split))
+        temperatures[name] = fit_temperature(predictions.logits * predictions.spec.temperature, predictions.truth)
+        fields = {**model.config.tasks[name], "temperature": temperatures[name]}
+        model.config.set_tasks({**model.config.tasks, name: fields})
+        model.heads[name].spec = model.config.task_specs[name]
+    return temperatures
+
+
+def write_temperatures(path: Path, temperatures: dict[str, float]) -> None:
+    """Writes temperatures into a `config.json`; everything else in it stays as it is."""
+    text = path.read_text("utf-8")
+    fields: dict[str, Any] = json.loads(text)
+    for name, temperature in temperatures.items():
+        fields["tasks"][name]["temperature"] = temperature
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=text.isascii()) + "\n", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a release or a checkpoint; its config.json is changed")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="names tasks and data")
+    parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
+    args = parser.parse_args()
+    try:
+        recipe = Recipe.read(args.recipe, args.data)
+        check_splits(recipe, "validation", None)
+    except RecipeError as error:
+        sys.exit(str(error))
+    temperatures = calibrate(MultiTaskModel.from_pretrained(args.folder), AutoTokenizer.from_pretrained(args.folder), recipe)
+    write_temperatures(args.folder / "config.json", temperatures)
+    print(f"{args.folder}/config.json now holds the temperatures {json.dumps(temperatures)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The card of any folder: its tables and metadata are what results/ says, and what else it says stays."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from release import card
+
+MARKERS = "<!-- negative-transfer -->\n<!-- /negative-transfer -->\n"
+DESCRIBED = {
+    "ner": {"title": "names", "task_type": "token-classification", "dataset": "u/n", "dataset_name": "N"},
+    "mood": {"title": "mood", "task_type": "text-classification", "dataset": "mood", "dataset_name": "M", "config": "c"},
+}
+for _name, _metric in {"ner": "f1", "mood": "macro_f1"}.items():
+    DESCRIBED[_name]["metrics"] = [{"key": _metric, "type": "f1", "name": f"{_metric}, best"}]
+
+
+def measured(name: str, value: float, split: str = "test", **fields) -> dict:
+    metric = DESCRIBED[name]["metrics"][0]["key"]
+    return {"metrics": {metric: value}, "split": split, "rows": 1234, "sha256": "0", **fields}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a card to render."""
+    write(tmp_path, "tasks", DESCRIBED)
+    tasks = {"ner": measured("ner", 0.8125, intervals={"f1": [0.8, 0.8249]}), "mood": measured("mood", 0.5, "validation")}
+    write(tmp_path, "release", {"tasks": tasks})
+    text = f"---\nlicense: mit\nwidget:\n- text: hello\n---\n# Mine\n\n<!-- results -->\n<!-- /results -->\n\n{MARKERS}"
+    (tmp_path / "README.md").write_text(text)
+    return tmp_path
+
+
+def write(folder: Path, name: str, content: dict) -> None:
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / f"results/{name}.json").write_text(json.dumps(content))
+
+
+def render(folder: Path) -> str:
+    return card.render_card((folder / "README.md").read_text(), folder)
+
+
+def test_rows_say_their_split_unless_it_is_the_test_split(folder):
+    text = render(folder)
+    assert "| names | N (1,234) | f1, best | **0.812** |  |\n" in text
+    assert "| mood | M (1,234, validation split) | macro_f1, best | **0.500** |  |\n" in text
+
+
+def test_metadata_keeps_what_results_do_not_say(folder):
+    fields = yaml.safe_load(render(folder).split("---")[1])
+    assert fields["license"] == "mit" and fields["widget"] == [{"text": "hello"}]
+    assert fields["datasets"] == ["u/n"], "a data set without an owner is none of the Hub's"
+    assert fields["model-index"][0]["name"] == folder.name
+    assert [x["dataset"]["split"] for x in fields["model-index"][0]["results"]] == ["test", "validation"]
+
+
+def test_rendering_again_changes_nothing_and_keeps_the_models_name(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["card", str(folder)])
+    card.main()
+    first = (folder / "README.md").read_text()
+    moved = folder.rename(folder.parent / "elsewhere")
+    assert render(moved) == first and f"name: {folder.name}" in first
+
+
+def test_tasks_alone_and_together(folder):
+    assert MARKERS in render(folder), "no single-task runs, no table"
+    write(folder, "single_ner", {"tasks": {"ner": measured("ner", 0.8249, intervals={"f1": [0.81, 0.84]})}})
+    write(folder, "single_mood", {"tasks": {"mood": measured("mood", 0.4996, "validation")}})
+    text = render(folder)
+    assert "| task | metric | alone | together | difference |\n" in text
+    assert "| names | f1, best | 0.825 (0.810 to 0.840) | 0.812 (0.800 to 0.825) | −1.2 points |\n" in text
+    assert "| mood | macro_f1, best | 0.500 | 0.500 | +0.0 points |\n" in text
+
+
+def test_runs_on_other_rows_are_not_compared(folder):
+    write(folder, "single_ner", {"tasks": {"ner": {**measured("ner", 0.8), "sha256": "1"}}})
+    with pytest.raises(ValueError, match=r"single_ner.json was measured on 1234 rows \(test\)"):
+        render(folder)
+
+
+def test_a_folder_without_results_or_marker_has_no_card_to_render(folder, monkeypatch):
+    assert card.can_render(folder)
+    (folder / "README.md").write_text("# Another card\n")
+    assert not card.can_render(folder)
+    monkeypatch.setattr(sys, "argv", ["card", str(folder)])
+    with pytest.raises(SystemExit, match=r"must hold <!-- results --> and <!-- /results --> once"):
+        card.main()
+    (folder / "results/tasks.json").unlink()
+    assert not card.can_render(folder)
+    with pytest.raises(SystemExit, match=r"tasks.json is missing"):
+        card.main()
+
+
+def test_a_folder_without_documents_gets_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["card", str(tmp_path)])
+    card.main()
+    assert "README.md does not exist" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -1,0 +1,233 @@
+"""Training data: labels land where they should, and what a data set does not hold is named by split, row and column."""
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configuration_multitask import CASINGS
+from evaluation.metrics import token_spans
+from modeling_multitask import IGNORE_INDEX
+from tests.conftest import WINDOW, tiny_tokenizer
+from training.data import align_tags, class_names, cut_texts, load_split, make_batch, make_examples, pad_batch, task_labels
+from training.recipe import TaskRecipe
+from training.train import principal_components
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+FAMILIES = ("wordpiece", "bytes", "unigram")  # of BERT, RoBERTa and XLM-R
+
+
+def aligned(family, tokens, tags):
+    """Returns the labelled words of joined tokens as (text of the first token, tag)."""
+    text = " ".join(tokens)
+    encoding = tiny_tokenizer(family)(text).encodings[0]
+    found = align_tags(text, encoding, token_spans(tokens), tags)
+    return [
+        (text[start:end].strip()[:1], tag)
+        for (start, end), tag in zip(encoding.offsets, found, strict=True)
+        if tag is not None
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_word_gets_its_tag_once_and_subwords_get_none(family):
+    words = aligned(family, ["Tim", "Cook", "saw", "Rome", "."], ["B-PER", "I-PER", "O", "B-LOC", "O"])
+    assert words == [("T", "B-PER"), ("C", "I-PER"), ("s", "O"), ("R", "B-LOC"), (".", "O")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_of_several_words_begins_once_and_goes_on_inside(family):
+    words = aligned(family, ["in", "U.S.", "x-ray", "Paris"], ["O", "B-LOC", "O", "B-LOC"])
+    assert words == [
+        ("i", "O"), ("U", "B-LOC"), (".", "I-LOC"), ("S", "I-LOC"), (".", "I-LOC"),
+        ("x", "O"), ("-", "O"), ("r", "O"), ("P", "B-LOC"),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.text(alphabet="aB.-'é😀", min_size=1, max_size=4), min_size=1, max_size=6), st.data())
+def test_alignment_loses_no_token_and_invents_no_beginning(tokens, data):
+    tags = data.draw(st.lists(st.sampled_from(["O", "B-PER"]), min_size=len(tokens), max_size=len(tokens)))
+    for family in ("wordpiece", "bytes"):
+        words = [tag for _, tag in aligned(family, tokens, tags)]
+        assert words.count("B-PER") == tags.count("B-PER")
+        assert len(words) >= len(tokens)
+
+
+def sequence(problem: str | None = None, **fields) -> TaskRecipe:
+    head = {} if problem is None else {"problem_type": problem}
+    return TaskRecipe(
+        **{
+            "kind": "sequence_classification",
+            "dataset": "d",
+            "text_columns": ["x"],
+            "label_column": "y",
+            "head": head,
+            **fields,
+        }
+    )
+
+
+def token(**fields) -> TaskRecipe:
+    return TaskRecipe(
+        **{"kind": "token_classification", "dataset": "d", "text_columns": ["x"], "label_column": "y", **fields}
+    )
+
+
+def pairs(kind: str = "scored_pairs", **fields) -> TaskRecipe:
+    return TaskRecipe(**{"kind": kind, "dataset": "d", "text_columns": ["a", "b"], "label_column": "y", **fields})
+
+
+def make(task: TaskRecipe, labels: list[str], **columns):
+    return make_examples(task, Dataset.from_dict(columns), labels, tiny_tokenizer(), "d, split train")
+
+
+# Examples
+
+
+def test_texts_are_cut_at_the_window_and_special_tokens_have_no_tag():
+    example = make(token(), TAGS, x=[["Tim"] * 50], y=[[1] * 50])[0]
+    assert len(example["input_ids"]) == len(example["labels"]) == len(example["casing_ids"]) == WINDOW
+    assert example["labels"] == [IGNORE_INDEX, *[1] * (WINDOW - 2), IGNORE_INDEX]
+    assert cut_texts([example, {"input_ids": [1, 2]}, {"input_ids": [[1], [2] * WINDOW]}], WINDOW) == 2
+
+
+def test_every_piece_of_a_word_has_the_words_casing():
+    example = make(token(), TAGS, x=[["Tim", "USA", "a1", "X", "7", "."]], y=[[0] * 6])[0]
+    names = [CASINGS[i] for i in example["casing_ids"]]
+    assert names == ["unknown", "title", *["upper"] * 3, *["lower"] * 2, "capital", "digits", "punctuation", "unknown"]
+
+
+def test_labels_of_every_kind():
+    assert [x["labels"] for x in make(sequence(), ["n", "p"], x=["a", "b", "c"], y=[1, 0, None])] == [1, 0, IGNORE_INDEX]
+    assert [x["labels"] for x in make(sequence(), ["n", "p"], x=["a", "b"], y=["p", "n"])] == [1, 0]
+    many = make(sequence("multi_label_classification"), ["n", "p"], x=["a", "b", "c"], y=[[1], [], None])
+    assert [x["labels"] for x in many] == [[0.0, 1.0], [0.0, 0.0], [-100.0, -100.0]]
+    assert [x["labels"] for x in make(sequence("regression"), ["y"], x=["a", "b"], y=[0.5, 2])] == [[0.5], [2.0]]
+    assert make(token(), TAGS, x=[["a", "b"]], y=[["B-PER", None]])[0]["labels"] == [-100, 1, -100, -100]
+    assert make(pairs(), [], a=["x"], b=["y"], y=[1])[0] == {
+        "input_ids": [[1, 91, 2], [1, 92, 2]],
+        "text": ("x", "y"),
+        "labels": 1.0,
+    }
+
+
+def test_rows_are_also_joined_to_passages():
+    rows = {"x": [["a"], ["b"], ["c"]], "y": [[0], [1], [3]]}
+    examples = make(token(passage_rows=2), TAGS, **rows)
+    assert [x["text"] for x in examples] == ["a", "b", "c", "a b", "c"]
+    assert examples[3]["labels"] == [-100, 0, 1, -100]
+    assert [x["text"] for x in make(token(), TAGS, **rows)] == ["a", "b", "c"]
+
+
+def test_label_names_come_from_the_recipe_or_the_data():
+    features = Features({"x": Value("string"), "y": ClassLabel(names=["n", "p"]), "z": List(ClassLabel(names=["u", "v"]))})
+    data = Dataset.from_dict({"x": ["a"], "y": [0], "z": [[1]]}, features=features)
+    assert task_labels(sequence(), data) == ["n", "p"] and task_labels(sequence(label_column="z"), data) == ["u", "v"]
+    assert task_labels(sequence(labels=["no", "yes"]), data) == ["no", "yes"]
+    assert task_labels(sequence("regression", label_column="x"), data) == ["x"]
+    with pytest.raises(ValueError, match="column 'x' declares no label names.*Give the task's `labels` in the recipe"):
+        class_names(data, "x")
+
+
+BAD = {
+    "tokens and tags differ": (
+        token(),
+        TAGS,
+        {"x": [["a"], ["a", "b"]], "y": [[0], [0]]},
+        "d, split train, row 1: 2 x but 1 y",
+    ),
+    "an unknown tag": (
+        token(),
+        TAGS,
+        {"x": [["a", "b"]], "y": [[0, 9]]},
+        "row 0, column y, token 1: label 9 is none of 0 … 4",
+    ),
+    "an unknown number": (
+        sequence(),
+        ["n", "p"],
+        {"x": ["a", "b"], "y": [0, -1]},
+        "row 1, column y: label -1 is none of 0 … 1",
+    ),
+    "an unknown name": (sequence(), ["n", "p"], {"x": ["a"], "y": ["q"]}, r"label 'q' is none of 0 … 1 \(n, p\)"),
+    "no text": (sequence(), ["n", "p"], {"x": ["a", None], "y": [0, 1]}, "d, split train, row 1, column x: None is no text"),
+    "no list": (
+        sequence("multi_label_classification"),
+        ["n"],
+        {"x": ["a"], "y": [0]},
+        "row 0, column y: 0 is no list of labels",
+    ),
+    "too few numbers": (sequence("regression"), ["u", "v"], {"x": ["a"], "y": [1.0]}, "1.0 is not 2 number"),
+    "no score": (pairs(), [], {"a": ["x"], "b": ["y"], "y": [None]}, "row 0, column y: score None is no number"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_is_named_by_split_row_and_column(name):
+    task, labels, columns, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        make(task, labels, **columns)
+
+
+# Splits
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part, rows in (("train", 4), ("validation", 0)):
+        Dataset.from_dict({"text": ["a"] * rows, "label": [0] * rows}).to_parquet(tmp_path / f"{part}.parquet")
+    return tmp_path
+
+
+def test_splits_come_from_folders_and_files(folder, tmp_path_factory):
+    assert len(load_split(str(folder), "train", ["text", "label"])) == 4
+    file = tmp_path_factory.mktemp("files") / "file.jsonl"
+    file.write_text('{"text": "b", "label": 1}\n')
+    assert load_split(str(file), "train", ["text"])["text"][:] == ["b"]
+    with pytest.raises(ValueError, match="no split 'test'; it has train"):
+        load_split(str(file), "test", ["text"])
+    file.write_text('{"text": ')
+    with pytest.raises(ValueError, match=r"file.jsonl, split train: no rows, or none that can be read"):
+        load_split(str(file), "train", ["text"])
+
+
+def test_what_is_missing_in_a_data_set_is_named(folder):
+    with pytest.raises(ValueError, match=r"split train: no column \['label2'\]; it has \['text', 'label'\]"):
+        load_split(str(folder), "train", ["label2"])
+    with pytest.raises(ValueError, match="no split 'dev'; it has .*train.*Name the data set's own in the task's `splits`"):
+        load_split(str(folder), "dev", ["text"])
+    with pytest.raises(ValueError, match="split validation: no rows, or none that can be read"):
+        load_split(str(folder), "validation", ["text"])
+    with pytest.raises(ValueError, match="nowhere is no data set that can be read"):
+        load_split(str(folder / "nowhere"), "train", ["text"])
+
+
+# Batches
+
+
+def test_padding_and_masks():
+    batch = pad_batch([[1, 5, 2], [1, 2]], pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[1, 5, 2], [1, 2, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_a_batch_of_pairs_holds_all_first_texts_and_then_all_second_ones():
+    examples = make(pairs(), [], a=["x", "y"], b=["xx", "yy"], y=[0.5, 1.0])
+    for i, example in enumerate(examples):
+        example["target"] = torch.tensor([[i, 0.0], [i, 1.0]])
+    batch = make_batch("p", "scored_pairs", examples, 0)
+    assert batch["input_ids"].tolist() == [[1, 91, 2, 0], [1, 92, 2, 0], [1, 91, 185, 2], [1, 92, 186, 2]]
+    assert batch["target"].tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]] and batch["labels"].tolist() == [0.5, 1.0]
+
+
+def test_a_batch_of_tags_is_padded_where_nothing_counts():
+    batch = make_batch("t", "token_classification", make(token(), TAGS, x=[["A", "b"], ["c"]], y=[[1, 0], [3]]), 0)
+    assert batch["labels"].tolist() == [[-100, 1, 0, -100], [-100, 3, -100, -100]]
+    assert batch["casing_ids"].tolist() == [[0, 4, 1, 0], [0, 1, 0, 0]]
+
+
+def test_the_projection_starts_as_orthonormal_principal_axes():
+    vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1])
+    axes = principal_components(vectors, 3)
+    torch.testing.assert_close(axes @ axes.T, torch.eye(3), atol=1e-5, rtol=0)
+    assert axes[0].abs().argmax() == 0 and axes[1].abs().argmax() == 1

@@ -1,0 +1,497 @@
+"""Metrics, their intervals, calibration and pictures: by hand, against naive loops, and in a whole run on a tiny model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from seqeval.metrics import f1_score, precision_score, recall_score
+from seqeval.scheme import IOB2
+from transformers import AutoTokenizer
+
+from evaluation import calibrate, evaluate, metrics, plots
+from modeling_multitask import MultiTaskModel
+from pipeline_multitask import MultiTaskPipeline
+from tests.conftest import TASKS, tiny_model, tiny_tokenizer
+from training.recipe import Recipe, TaskRecipe
+
+STRICT = {"mode": "strict", "scheme": IOB2, "zero_division": 0}
+
+# By hand
+
+
+def test_multi_label_by_hand():
+    truth, predicted = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]]), np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0]])
+    found = metrics.multi_label_metrics(truth, predicted)
+    assert found == {"macro_f1": pytest.approx(1 / 2), "micro_f1": pytest.approx(2 / 3), "exact_match": pytest.approx(1 / 3)}
+    nothing = np.zeros((2, 2), dtype=int)
+    assert metrics.multi_label_metrics(nothing, nothing) == {"macro_f1": 0.0, "micro_f1": 0.0, "exact_match": 1.0}
+
+
+def test_regression_by_hand():
+    truth = np.array([[1.0], [2], [3], [4]])
+    found = metrics.regression_metrics(truth, 2 * truth + 1)
+    assert found == {"spearman": pytest.approx(1), "pearson": pytest.approx(1), "mean_absolute_error": 3.5}
+    both = metrics.regression_metrics(np.hstack([truth, truth]), np.hstack([truth, -truth]))
+    assert both["spearman"] == pytest.approx(0) and both["mean_absolute_error"] == pytest.approx(5 / 2)
+    with pytest.warns(RuntimeWarning, match="constant"):
+        assert metrics.regression_metrics(truth, np.ones((4, 1)))["spearman"] == 0.0
+
+
+def test_calibration_error_by_hand():
+    confidence, correct = np.array([0.95, 0.95, 0.55, 0.55]), np.array([True, False, True, True])
+    assert metrics.calibration_error(confidence, correct) == pytest.approx((abs(1 - 1.9) + abs(2 - 1.1)) / 4)
+    assert metrics.confidence_bins(np.array([0.0, 0.01, 1 / 15, 0.07, 0.99, 1.0])).tolist() == [0, 0, 0, 1, 14, 14]
+    assert metrics.calibration_error(np.ones(3), np.ones(3, dtype=bool)) == 0.0
+
+
+def test_entities_by_type_by_hand():
+    truth = [["B-PER", "I-PER", "O"], ["B-LOC", "B-PER"], []]
+    predicted = [["B-PER", "I-PER", "B-ORG"], ["B-LOC-partial", "B-PER"], []]
+    found = metrics.entity_metrics(truth, predicted)
+    assert found == {
+        "f1": pytest.approx(4 / 7), "precision": pytest.approx(2 / 4), "recall": pytest.approx(2 / 3),
+        "f1_PER": 1.0, "f1_LOC": 0.0,
+    }  # fmt: skip
+    counts, types = metrics.entity_counts(truth, predicted)
+    assert types == ["LOC", "LOC-partial", "ORG", "PER"]
+    assert counts[0].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]] and not counts[2].any()
+    assert metrics.entity_metrics([["O"], []], [["O"], []]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
+
+
+def test_partners_and_neighbours_by_hand():
+    anchors, partners = np.eye(3), np.array([[1.0, 0, 0], [0, 0, 1], [0, 0.2, 1]])
+    assert metrics.partner_is_nearest(anchors, partners, ["a", "b", "c"]).tolist() == [True, False, False]
+    assert metrics.partner_is_nearest(anchors, partners, ["a", "c", "c"]).tolist() == [True, True, True]
+    with pytest.raises(ValueError, match="3 distinct texts are too few to compare 3 neighbours; give more rows"):
+        metrics.neighbours_shared(anchors, partners, 3)
+
+
+def test_words_get_the_tag_of_their_token():
+    spans = metrics.token_spans(["U.S.", "in", "Rome", "?"])
+    words = [(0, 1), (1, 2), (2, 3), (3, 4), (5, 7), (8, 12), (13, 14)]
+    tags = evaluate.word_tags(words, spans, ["B-LOC", "O", "B-LOC", None])
+    assert tags == ["B-LOC", "I-LOC", "I-LOC", "I-LOC", "O", "B-LOC", None]
+    assert evaluate.word_tags([(0, 1), (1, 2)], [(0, 2)], ["NOUN"]) == ["NOUN", "NOUN"]
+
+
+def test_temperature_by_hand():
+    logits, labels = np.array([[2.0, 0.0]] * 4), np.array([0, 0, 0, 1])
+    expected = 2 / np.log(3)  # sigmoid(2 / T) = 3/4
+    assert calibrate.fit_temperature(logits, labels) == pytest.approx(expected, abs=1e-3)
+    assert calibrate.fit_temperature(logits[:, :1], 1 - labels[:, None]) == pytest.approx(expected, abs=1e-3)
+    assert calibrate.fit_temperature(np.zeros((4, 2)), labels) == 1.0, "nothing to gain"
+    assert calibrate.fit_temperature(logits, np.zeros(4, dtype=int)) < 0.1, "always right, so as sure as allowed"
+
+
+def task(kind="sequence_classification", **fields):
+    return TaskRecipe(kind=kind, dataset="d", text_columns=["x"], label_column="y", **fields)
+
+
+def test_main_metrics_and_their_average():
+    assert evaluate.main_metric(task()) == "macro_f1"
+    assert evaluate.main_metric(task(metric="accuracy")) == "accuracy"
+    assert evaluate.main_metric(task(head={"problem_type": "multi_label_classification"})) == "macro_f1"
+    assert evaluate.main_metric(task(head={"problem_type": "regression"})) == "spearman"
+    kinds = {"token_classification": "f1", "scored_pairs": "spearman", "positive_pairs": "accuracy", "triplets": "accuracy"}
+    assert {kind: evaluate.main_metric(task(kind)) for kind in kinds} == kinds
+    with pytest.raises(ValueError, match="metric is 'mean_absolute_error', of which less is better"):
+        evaluate.main_metric(task(metric="mean_absolute_error"))
+
+    recipe = Recipe.build(
+        {
+            "model": {"encoder": "e", "max_length": 32},
+            "optimizer": {"learning_rate": 1e-4},
+            "tasks": {
+                name: {"kind": "scored_pairs", "dataset": "d", "text_columns": ["a", "b"], "label_column": "y", **more}
+                for name, more in {"one": {}, "two": {"metric": "pearson"}, "unmeasured": {}}.items()
+            },
+        },
+        "recipe",
+    )
+    results = {"one": {"metrics": {"spearman": 0.5}}, "two": {"metrics": {"spearman": 0.0, "pearson": 1.0}}}
+    assert evaluate.average(results, recipe) == 0.75
+    assert np.isnan(evaluate.average({}, recipe))
+    with pytest.raises(ValueError, match="tasks.two.metric is 'pearson'; allowed: spearman"):
+        evaluate.average({"two": {"metrics": {"spearman": 0.0}}}, recipe)
+
+
+def test_splits_and_rows_that_are_measured(tmp_path, monkeypatch):
+    (tmp_path / "one.csv").write_text("x,y\na,b\n")
+    file = {"kind": "positive_pairs", "dataset": str(tmp_path / "one.csv"), "text_columns": ["x", "y"]}
+    assert evaluate.has_split(TaskRecipe(**file), "train") and not evaluate.has_split(TaskRecipe(**file), "validation")
+    assert evaluate.has_split(TaskRecipe(**file, splits={"validation": "train"}), "validation")
+    monkeypatch.setattr(evaluate, "RANKED_ROWS", 4)
+    rows = Dataset.from_dict({"x": list("abcdef")})
+    counts = {(kind, limit): len(evaluate._first_rows(task(kind), rows, limit))
+              for kind in ("positive_pairs", "triplets") for limit in (None, 3, 9)}  # fmt: skip
+    assert list(counts.values()) == [4, 3, 4, 6, 3, 6]
+    assert evaluate.public_name(str(tmp_path)) == tmp_path.name and evaluate.public_name("org/set:part") == "org/set:part"
+
+
+# The bootstrap
+
+
+def test_resamples_are_many_and_always_the_same():
+    chunks = list(metrics.resample(7))
+    assert sum(map(len, chunks)) == metrics.RESAMPLES == 1000 and {chunk.shape[1] for chunk in chunks} == {7}
+    assert all(np.array_equal(a, b) for a, b in zip(chunks, metrics.resample(7), strict=True))
+    assert not np.array_equal(chunks[0], chunks[1])
+    assert set(np.concatenate(chunks).ravel()) == set(range(7))
+
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+SENTENCES = st.lists(st.lists(st.sampled_from(TAGS), max_size=5), min_size=1, max_size=5)
+
+
+def drawn_cases():
+    """Returns, for each kind of metric, its intervals and a function that gives its metrics on some rows."""
+    draw = np.random.default_rng(5)
+    tags, found = ([draw.choice(TAGS, size=4).tolist() for _ in range(9)] for _ in range(2))
+    found[:5] = tags[:5]
+    truth, predicted = draw.integers(0, 3, 30), draw.integers(0, 4, 30)
+    many, marked = draw.integers(0, 2, (2, 12, 3))
+    numbers, guesses = draw.normal(size=(2, 12, 2)).round(1)
+    scores, values = draw.integers(0, 4, 12), draw.normal(size=12).round(1)
+    confidence, correct, rows = draw.random(30), draw.random(30) < 0.5, np.repeat(np.arange(10), 3)
+
+    def items(index):  # of the rows drawn, one after the other
+        return np.concatenate([np.flatnonzero(rows == row) for row in index])
+
+    return {
+        "entities": (
+            9, lambda: metrics.entity_intervals(tags, found),
+            lambda i: dict(zip(("f1", "precision", "recall"), [
+                score([tags[x] for x in i], [found[x] for x in i], **STRICT) for score in (f1_score, precision_score, recall_score)
+            ], strict=True)),
+        ),
+        "types": (
+            9, lambda: metrics.entity_intervals(tags, found),
+            lambda i: metrics.entity_metrics([tags[x] for x in i], [found[x] for x in i]),
+        ),
+        "labels": (
+            30, lambda: metrics.classification_intervals(truth, predicted, np.arange(30)),
+            lambda i: metrics.classification_metrics(truth[i].tolist(), predicted[i].tolist()),
+        ),
+        "labels of words": (
+            10, lambda: metrics.classification_intervals(truth, predicted, rows),
+            lambda i: metrics.classification_metrics(truth[items(i)].tolist(), predicted[items(i)].tolist()),
+        ),
+        "many labels": (
+            12, lambda: metrics.multi_label_intervals(many, marked),
+            lambda i: metrics.multi_label_metrics(many[i], marked[i]),
+        ),
+        "numbers": (
+            12, lambda: metrics.regression_intervals(numbers, guesses),
+            lambda i: metrics.regression_metrics(numbers[i], guesses[i]),
+        ),
+        "ranks": (
+            12, lambda: metrics.rank_correlation_intervals({"spearman": values}, scores),
+            lambda i: {"spearman": spearmanr(values[i], scores[i]).statistic},
+        ),
+        "calibration": (
+            10, lambda: metrics.calibration_intervals(confidence, correct, rows),
+            lambda i: {"calibration_error": metrics.calibration_error(confidence[items(i)], correct[items(i)])},
+        ),
+        "means": (12, lambda: metrics.mean_intervals({"m": values}), lambda i: {"m": values[i].mean()}),
+    }  # fmt: skip
+
+
+CASES = drawn_cases()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_intervals_are_those_of_a_naive_loop(case, monkeypatch):
+    rows, intervals, of_rows = CASES[case]
+    index = np.random.default_rng(1).integers(0, rows, size=(40, rows))
+    monkeypatch.setattr(metrics, "resample", lambda rows: [index[:25], index[25:]])
+    loop = [of_rows(chosen) for chosen in index]
+    names = set().union(*loop)
+    expected = {name: np.percentile([found[name] for found in loop if name in found], [2.5, 97.5]) for name in names}
+    found = intervals()
+    assert set(found) >= names
+    for name, interval in expected.items():
+        assert found[name] == pytest.approx(interval.tolist(), abs=1e-9), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_intervals_lie_around_the_whole_for_ordinary_data(case):
+    rows, intervals, of_rows = CASES[case]
+    for name, value in of_rows(np.arange(rows)).items():
+        low, high = intervals()[name]
+        assert low <= high and (name == "calibration_error" or low <= value <= high)  # which is biased upwards
+
+
+@settings(max_examples=60, deadline=None)
+@given(SENTENCES, st.data())
+def test_entity_counts_give_what_seqeval_gives(truth, data):
+    predicted = [data.draw(st.lists(st.sampled_from(TAGS), min_size=len(row), max_size=len(row))) for row in truth]
+    found = metrics.entity_metrics(truth, predicted)
+    assert found["f1"] == pytest.approx(f1_score(truth, predicted, **STRICT))
+    counts, types = metrics.entity_counts(truth, predicted)
+    right, guessed, gold = counts.sum(axis=(0, 2))
+    assert found["precision"] == pytest.approx(right / max(guessed, 1))
+    assert found["recall"] == pytest.approx(right / max(gold, 1))
+    in_truth = [name for name, count in zip(types, counts[:, 2].sum(axis=0), strict=True) if count]
+    assert set(found) == {"f1", "precision", "recall", *(f"f1_{name}" for name in in_truth)}
+    if types == in_truth and len(types) == 1:
+        assert found[f"f1_{types[0]}"] == pytest.approx(found["f1"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=30))
+def test_calibration_errors_are_shares(items):
+    confidence, correct = (np.array(x) for x in zip(*items, strict=True))
+    error = metrics.calibration_error(confidence, correct)
+    assert 0 <= error <= 1
+    assert error >= abs(confidence.mean() - correct.mean()) - 1e-9, "bins cannot hide an overall gap"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.1, 10), st.booleans())
+def test_a_fitted_temperature_never_makes_labels_less_likely(seed, scale, multi_label):
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(size=(20, 3)) * scale
+    labels = draw.integers(0, 2, (20, 3)) if multi_label else draw.integers(0, 3, 20)
+    temperature = calibrate.fit_temperature(logits, labels)
+    assert calibrate.BOUNDS[0] <= temperature <= calibrate.BOUNDS[1]
+    before, after = (calibrate.negative_log_likelihood(x, labels) for x in (logits, logits / temperature))
+    assert after <= before
+
+
+# A whole run
+
+
+def sequence_set(feature, labels):
+    texts = ["love it", "so sad", "Tim is in Rome", "love", "Paris !", "sad store"]
+    features = Features({"text": Value("string"), "label": feature})
+    return Dataset.from_dict({"text": texts * 2, "label": labels * 2}, features=features)
+
+
+def tagged_set(names, tags):
+    tokens = [["Tim", "Cook", "is", "in", "U.S."], ["Rome", "!"], ["love"], ["so", "sad"]]
+    features = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=names))})
+    return Dataset.from_dict({"tokens": tokens * 3, "tags": tags * 3}, features=features)
+
+
+def data_sets():
+    """Returns a small data set of each kind of task; that of `sentiment` numbers its labels otherwise than the head."""
+    names = ["positive", "negative", "neutral"]
+    first = ["love it", "so sad", "Tim is in Rome", "a store", "Paris", "it rains"]
+    second = ["love", "sad", "Tim Cook in Rome", "the store", "Paris !", "rain"]
+    return {
+        "sentiment": sequence_set(ClassLabel(names=names), [0, 1, 2, 0, None, 1]),
+        "topics": sequence_set(List(ClassLabel(names=["politics", "sport"])), [[0], [0, 1], [], [1], [0], []]),
+        "rating": sequence_set(Value("float32"), [1.0, 2.0, 3.0, 4.0, 5.0, 4.5]),
+        "ner": tagged_set(TASKS["ner"]["labels"], [[1, 2, 0, 0, 3], [3, 0], [0], [0, None]]),
+        "pos": tagged_set(TASKS["pos"]["labels"], [[0, 0, 1, 2, 0], [0, 2], [1], [2, 2]]),
+        "similarity": Dataset.from_dict({"a": first, "b": second, "score": [0.9, 0.8, 0.7, 0.6, 0.5, 0.1]}),
+        "retrieval": Dataset.from_dict({"a": first, "b": first[:5] + second[5:]}),
+        "triples": Dataset.from_dict({"a": first, "b": second, "c": second[::-1]}),
+    }
+
+
+def recipe_text(data):
+    """Returns a recipe of all those data sets, which lie in the folder `data`."""
+    kinds = {"similarity": "scored_pairs", "retrieval": "positive_pairs", "triples": "triplets"}
+    columns = {"sequence_classification": ["text"], "token_classification": ["tokens"], "triplets": ["a", "b", "c"]}
+    lines = ['[model]\nencoder = "e"\nmax_length = 32\nprefix_dims = [4]\n[optimizer]\nlearning_rate = 1e-4']
+    for name in data_sets():
+        spec = TASKS.get(name, {})
+        kind = kinds.get(name) or spec["kind"]
+        lines += [f"[tasks.{name}]", f'kind = "{kind}"', f'dataset = "{data / name}"', f'folder = "{name}"']
+        lines.append(f"text_columns = {columns.get(kind, ['a', 'b'])}")
+        label = {"token_classification": "tags", "sequence_classification": "label", "scored_pairs": "score"}.get(kind)
+        lines += [f'label_column = "{label}"'] if label else []
+        lines += [f'head = {{problem_type = "{spec["problem_type"]}"}}'] if "problem_type" in spec else []
+        lines += ['labels = ["stars"]'] if name == "rating" else []
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with the data sets, each with a validation split, and a recipe."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, rows in data_sets().items():
+        (folder / name).mkdir()
+        rows.to_parquet(folder / name / "validation.parquet")
+    (folder / "recipe.toml").write_text(recipe_text(folder))
+    return folder
+
+
+@pytest.fixture
+def few_neighbours(monkeypatch):
+    monkeypatch.setattr(evaluate, "NEIGHBOURS", 2)
+
+
+def live_pipe():
+    return MultiTaskPipeline(model=tiny_model(), tokenizer=tiny_tokenizer(), device="cpu")
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
+
+
+def test_the_command_measures_everything_and_draws_it(release, data, tmp_path, monkeypatch, few_neighbours):
+    output = tmp_path / "results/tiny.json"
+    arguments = [str(release), "--recipe", str(data / "recipe.toml"), "--data", str(data), "--reference", str(release)]
+    more = ["--neighbours", "ner", "validation", "tokens", "--output", str(output), "--plots", str(tmp_path / "plots")]
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments, *more])
+    evaluate.main()
+    found = json.loads(output.read_text())
+    assert list(found["tasks"]) == list(data_sets())
+    for name, result in [*found["tasks"].items(), ("drift", found["drift"])]:
+        assert set(result["metrics"]) == set(result["intervals"]), name
+        assert all(low <= high for low, high in result["intervals"].values()), name
+    tasks = {name: result["metrics"] for name, result in found["tasks"].items()}
+    assert {"macro_f1", "accuracy", "calibration_error"} <= set(tasks["sentiment"])
+    assert {"f1", "f1_PER", "f1_LOC", "precision", "recall", "calibration_error"} == set(tasks["ner"])
+    assert tasks["pos"]["f1"] == tasks["pos"]["macro_f1"] and 0 <= tasks["pos"]["accuracy"] <= 1
+    assert set(tasks["topics"]) == {"macro_f1", "micro_f1", "exact_match"}
+    assert set(tasks["rating"]) == {"spearman", "pearson", "mean_absolute_error"}
+    assert {"spearman", "spearman_raw", "spearman_4", "spearman_reference"} <= set(tasks["similarity"])
+    assert {"accuracy", "accuracy_raw", "accuracy_4"} <= set(tasks["retrieval"]) and set(tasks["triples"]) >= {"accuracy"}
+    assert tasks["retrieval"]["accuracy_raw"] >= 5 / 6, "a text is nearest to itself"
+    assert tasks["similarity"]["cosine_raw"] == pytest.approx(1), "the reference is the model's own encoder"
+    drift = found["drift"]
+    assert drift["metrics"]["neighbours_at_2_raw"] == 1.0 >= drift["metrics"]["neighbours_at_2"]
+    assert (drift["dataset"], drift["split"], drift["rows"]) == ("ner", "validation", 12) and len(drift["sha256"]) == 64
+    assert found["command"] == (
+        "python -m evaluation.evaluate MODEL --recipe recipe.toml --split validation --reference ENCODER "
+        "--neighbours ner validation tokens"
+    )
+    assert str(tmp_path) not in json.dumps({name: x for name, x in found.items() if name != "recipe"})
+    drawn = {f"{name}_{picture}.png" for name in ("sentiment", "ner", "pos") for picture in ("confusion", "reliability")}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == drawn
+    assert all(is_png(tmp_path / "plots" / name) for name in drawn)
+
+
+def test_a_live_model_is_measured_on_the_first_rows_alone(data):
+    pipe, recipe = live_pipe(), Recipe.read(data / "recipe.toml")
+    pipe.model.train()
+    found = evaluate.measure(pipe, recipe, "validation", limit=3)
+    assert all(result["rows"] == 3 and result["intervals"] == {} for result in found.values())
+    assert not pipe.model.training, "dropout is off while it is measured"
+    main = [found[name]["metrics"][evaluate.main_metric(x)] for name, x in recipe.tasks.items()]
+    assert evaluate.average(found, recipe) == pytest.approx(np.mean(main))
+    assert evaluate.measure(pipe, recipe, "test") == {}, "data sets without the split are left out"
+
+
+def test_labels_are_matched_by_name_and_missing_ones_left_out(data, monkeypatch):
+    pipe, recipe = live_pipe(), Recipe.read(data / "recipe.toml").only("sentiment", "topics", "ner")
+    sets = data_sets()
+    found = {name: evaluate.predict(pipe, name, recipe.tasks[name], sets[name]) for name in recipe.tasks}
+    labels = TASKS["sentiment"]["labels"]
+    assert [labels[i] for i in found["sentiment"].truth[:5]] == ["positive", "negative", "neutral", "positive", "negative"]
+    assert found["sentiment"].rows[:5].tolist() == [0, 1, 2, 3, 5]
+    texts = [sets["sentiment"]["text"][row] for row in found["sentiment"].rows]
+    answered = [record["labels"]["sentiment"]["label"] for record in pipe(texts)]
+    assert [labels[i] for i in found["sentiment"].predicted] == answered
+    assert found["topics"].truth[:4].tolist() == [[0, 1], [1, 1], [0, 0], [1, 0]]
+    words = found["ner"]  # Tim Cook is in U . S . | Rome ! | love | so
+    assert words.truth[:11].tolist() == [1, 2, 0, 0, 3, 4, 4, 4, 3, 0, 0]
+    assert words.logits.shape == (36, 5) and words.probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert words.tags[0][3] == ["O", "O"] and len(words.tags[1]) == 12
+    monkeypatch.setattr(evaluate, "entities_to_tags", lambda spans, entities: ["B-LOC"] * len(spans))
+    found = evaluate.predict(pipe, "ner", recipe.tasks["ner"], sets["ner"])
+    assert found.tags[1][3] == ["B-LOC", "O"], "nothing is judged where the data set has no tag"
+
+
+def test_long_texts_are_judged_in_windows(data):
+    pipe, recipe = live_pipe(), Recipe.read(data / "recipe.toml").only("ner")
+    row = data_sets()["ner"][0]
+    long = Dataset.from_dict(
+        {"tokens": [row["tokens"] * 20], "tags": [row["tags"] * 20]}, features=data_sets()["ner"].features
+    )
+    assert evaluate.predict(pipe, "ner", recipe.tasks["ner"], long).logits.shape == (160, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sentiment": {"kind": "sequence_classification", "labels": ["negative", "positive"]}},
+         r"tasks.sentiment: the data set has the labels \['neutral'\]; the head knows negative, positive"),
+        ({"sentiment": TASKS["pos"]},
+         "tasks.sentiment.kind is 'sequence_classification'; the model's head is a token_classification"),
+        ({}, "tasks.sentiment is in the recipe; the model's tasks are: none"),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_not_fit_the_recipe_is_refused(data, change, message):
+    pipe = MultiTaskPipeline(model=tiny_model(tasks=change), tokenizer=tiny_tokenizer(), device="cpu")
+    with pytest.raises(ValueError, match=message):
+        evaluate.measure(pipe, Recipe.read(data / "recipe.toml").only("sentiment"), "validation")
+
+
+def test_the_command_says_which_data_are_missing(release, data, monkeypatch, capsys):
+    arguments = ["evaluate", str(release), "--recipe", str(data / "recipe.toml"), "--split", "test"]
+    monkeypatch.setattr(
+        "sys.argv", [*arguments, "--reference", "e", "--neighbours", str(data / "ner"), "validation", "words"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    message = str(stopped.value)
+    assert message.count("no split 'test'; it has validation") == len(data_sets())
+    assert "--neighbours: " in message and "no column ['words']; it has ['tokens', 'tags']" in message
+    monkeypatch.setattr("sys.argv", [*arguments, "--neighbours", "ner", "test", "tokens"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "--neighbours compares with the starting encoder: give --reference ENCODER too" in capsys.readouterr().err
+
+
+# Calibration
+
+
+def test_a_live_model_is_calibrated_whatever_its_temperatures_were(data):
+    recipe = Recipe.read(data / "recipe.toml")
+    cooler = {name: fields if name == "rating" else {**fields, "temperature": 3.0} for name, fields in TASKS.items()}
+    found = [calibrate.calibrate(tiny_model(tasks=x), tiny_tokenizer(), recipe) for x in (TASKS, cooler)]
+    assert set(found[0]) == {"sentiment", "topics", "ner", "pos"}
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
+    model = tiny_model()
+    pipe = MultiTaskPipeline(model=model, tokenizer=tiny_tokenizer(), device="cpu")
+    before = {name: evaluate.predict(pipe, name, recipe.tasks[name], data_sets()[name]) for name in found[0]}
+    assert calibrate.calibrate(model, tiny_tokenizer(), recipe) == found[0]
+    for name, then in before.items():
+        now = evaluate.predict(pipe, name, recipe.tasks[name], data_sets()[name])
+        assert now.spec.temperature == model.heads[name].spec.temperature == found[0][name]
+        assert np.array_equal(now.logits.argmax(axis=1), then.logits.argmax(axis=1)) and now.tags == then.tags
+        loss = calibrate.negative_log_likelihood
+        assert loss(now.logits, now.truth) <= loss(then.logits, then.truth) + 1e-6
+    assert calibrate.calibrate(model, tiny_tokenizer(), recipe, split="test") == {}, "no such split: nothing to fit"
+
+
+@pytest.mark.parametrize("kind", ["release", "checkpoint"])
+def test_the_command_changes_temperatures_and_nothing_else(release, data, tmp_path, monkeypatch, kind):
+    folder = Path(shutil.copytree(release.parent / kind, tmp_path / kind))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    monkeypatch.setattr("sys.argv", ["calibrate", str(folder), "--recipe", str(data / "recipe.toml")])
+    calibrate.main()
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert {name for name in before if before[name] != after[name]} == {"config.json"}
+    fields = json.loads(after["config.json"])
+    found = {name: spec.pop("temperature", None) for name, spec in fields["tasks"].items()}
+    assert found.pop("rating") is None and all(0.05 <= x <= 20 for x in found.values())
+    original = json.loads(before["config.json"])
+    for spec in original["tasks"].values():
+        spec.pop("temperature", None)
+    assert fields == original and list(fields) == list(original)
+    assert MultiTaskModel.from_pretrained(folder).heads["ner"].spec.temperature == found["ner"]
+    assert AutoTokenizer.from_pretrained(folder).is_fast
+    calibrate.main()
+    assert (folder / "config.json").read_bytes() == after["config.json"], "again, it changes nothing"
+
+
+# Pictures
+
+
+def test_learning_curves_are_drawn_also_of_a_run_that_was_never_validated(tmp_path):
+    history = [{"step": 10 * i, "loss": 1.0, "loss_ner": 1.0 / i, "loss_mood": 2.0 / i} for i in range(1, 5)]
+    plots.learning_curves(history, tmp_path / "a.png")
+    plots.learning_curves([*history, {"step": 40, "eval_average": 0.7}, {"train_loss": 1.0}], tmp_path / "new/b.png")
+    assert is_png(tmp_path / "a.png") and is_png(tmp_path / "new/b.png")
+    plots.learning_curves([], tmp_path / "c.png")

@@ -1,0 +1,138 @@
+"""Recipes: everything wrong is reported at once, with its place in the file."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from training.recipe import Recipe, RecipeError
+
+RECIPE = """
+[model]
+encoder = "e"
+embedding_dim = 8
+prefix_dims = [4]
+max_length = 32
+
+[tasks.mood]
+kind = "sequence_classification"
+dataset = "mood"
+folder = "mood"
+text_columns = ["text"]
+label_column = "label"
+
+[tasks.similarity]
+kind = "scored_pairs"
+dataset = "pairs"
+folder = "pairs"
+text_columns = ["a", "b"]
+label_column = "score"
+
+[optimizer]
+learning_rate = 5e-3
+
+[run]
+seed = 3
+"""
+
+
+def read(tmp_path: Path, text: str = RECIPE, **options) -> Recipe:
+    (tmp_path / "recipe.toml").write_text(text)
+    return Recipe.read(tmp_path / "recipe.toml", **options)
+
+
+def problems(tmp_path: Path, text: str, **options) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, text, **options)
+    return [line.strip() for line in str(caught.value).splitlines()]
+
+
+def test_every_problem_is_reported_at_once(tmp_path):
+    text = RECIPE.replace("max_length = 32", "max_lenght = 32").replace("seed = 3", 'seed = "three"')
+    text = text.replace("prefix_dims = [4]", 'prefix_dims = [4, "x"]').replace("learning_rate = 5e-3", "")
+    found = problems(tmp_path, text)
+    assert found[0].endswith("recipe.toml:") and len(found) == 6
+    for expected in (
+        "model.max_lenght is unknown; known here: encoder, max_length",
+        "model.max_length is missing",
+        "model.prefix_dims[1] is 'x'; it must be of type int",
+        "optimizer.learning_rate is missing",
+        "run.seed is 'three'; it must be of type int",
+    ):
+        assert any(expected in line for line in found), expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["freezing.freeze=all"], "freezing.freeze is 'all'; allowed: nothing, word_embeddings, embeddings, encoder"),
+        (["sampling.mode=random"], "sampling.mode is 'random'; allowed: epochs, proportional, temperature"),
+        (["tasks.mood.kind=pairs"], "tasks.mood.kind is 'pairs'; allowed: sequence_classification, token_classification"),
+        (["tasks.mood.text_columns=['a', 'b']"], "tasks.mood.text_columns is ['a', 'b']; a sequence_classification task needs 1"),
+        (["tasks.mood.batch_size=0"], "tasks.mood.batch_size is 0; it must be at least 1"),
+        (["optimizer.weight_decay=nan"], "optimizer.weight_decay is nan; it must be at least 0 and finite"),
+        (["optimizer.layer_decay=1.5"], "optimizer.layer_decay is 1.5; it must be at least 0.01 and at most 1"),
+        (["tasks.mood.splits={dev='x'}"], "tasks.mood.splits names ['dev']; allowed: train, validation, test"),
+        (["tasks.mood.head.hidden_dims=3"], "tasks.mood.head has unknown fields ['hidden_dims']"),
+        (["tasks.mood.head.pooling_mode=sum"], "tasks.mood.head.pooling_mode is 'sum'; allowed"),
+        (["tasks.mood.head.labels=['a']"], "tasks.mood.head holds ['labels']"),
+        (["tasks.mood.passage_rows=2"], "tasks.mood.passage_rows is 2; only token_classification tasks join"),
+        (["tasks.similarity.head.hidden_dim=2"], "tasks.similarity.head is {'hidden_dim': 2}; a scored_pairs task has no head"),
+        (["tasks.similarity.focal_gamma=2"], "tasks.similarity.class_weights, focal_gamma and label_smoothing are for"),
+        (["tasks.similarity.kind=positive_pairs"], "label_column is 'score'; a positive_pairs task has none"),
+        (["sampling.steps=5"], "sampling.steps is 5; mode 'epochs' counts by the tasks' epochs"),
+        (["losses.weighting=pcgrad"], "losses.weighting is 'pcgrad'; it needs sampling.tasks_per_step of at least 2"),
+        (["run.patience=2"], "run.patience needs run.evaluations of at least 1"),
+        (["freezing.freeze=encoder", "freezing.lora_rank=4"], "freezing.freeze is 'encoder'; then lora_rank, gradual and"),
+        (["model.prefix_dims=[9]"], "model.prefix_dims holds 9; a prefix of the embedding has from 1 to 8 numbers"),
+        (["tasks={}"], "--set tasks={}: it must have the form section.key=value, such as run.seed=7"),
+        (["seed"], "--set seed: it must have the form section.key=value"),
+        (["run.seed.x=1"], "--set run.seed.x=1: seed is no section"),
+    ],
+)  # fmt: skip
+def test_values_are_checked(tmp_path, settings, message):
+    assert any(message in line for line in problems(tmp_path, RECIPE, overrides=settings))
+
+
+def test_an_embedding_task_needs_something_that_trains(tmp_path):
+    text = RECIPE.replace("embedding_dim = 8\nprefix_dims = [4]\n", "")
+    found = problems(tmp_path, text, overrides=["freezing.freeze=encoder"])
+    assert any("tasks.similarity trains the embedding alone, and the encoder is frozen" in line for line in found)
+
+
+def test_a_broken_file_and_a_missing_one_are_named(tmp_path):
+    assert "recipe.toml cannot be read" in problems(tmp_path, RECIPE.replace("[model]", "[model"))[0]
+    assert "recipe.toml cannot be read" in problems(tmp_path, RECIPE + "\n[tasks.mood]\nkind = 'x'\n")[0], "a task twice"
+    with pytest.raises(RecipeError, match="nowhere.toml cannot be read"):
+        Recipe.read(tmp_path / "nowhere.toml")
+
+
+def test_settings_override_the_file_and_make_new_sections(tmp_path):
+    settings = ["run.seed=7", "losses.preserve_weight=2", "tasks.mood.head.hidden_dim=5", "freezing.freeze=encoder"]
+    recipe = read(tmp_path, overrides=settings)
+    assert recipe.run.seed == 7 and recipe.freezing.freeze == "encoder"
+    assert recipe.losses.preserve_weight == 2.0 and type(recipe.losses.preserve_weight) is float
+    assert recipe.tasks["mood"].head == {"hidden_dim": 5}
+
+
+def test_data_and_encoder_can_lie_elsewhere(tmp_path):
+    recipe = read(tmp_path, data=Path("copies"), encoder="fol'der")
+    assert recipe.model.encoder == "fol'der" and recipe.tasks["mood"].dataset == str(Path("copies/mood"))
+    found = problems(tmp_path, RECIPE.replace('folder = "mood"\n', ""), data=Path("copies"))
+    assert "tasks.mood.folder is missing" in found[1]
+
+
+def test_a_single_task_run_is_the_same_recipe_with_one_task(tmp_path):
+    recipe = read(tmp_path)
+    single = recipe.only("mood")
+    assert list(single.tasks) == ["mood"] and single.optimizer == recipe.optimizer and single.run == recipe.run
+    with pytest.raises(RecipeError, match=r"no task \['x'\]; the recipe's tasks are: mood, similarity"):
+        recipe.only("x")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training/recipes").glob("*.toml")), ids=lambda path: path.name)
+def test_the_recipes_of_this_repository_are_sound(path):
+    recipe = Recipe.read(path, data=Path("copies"), encoder="folder")
+    assert recipe.model.encoder == "folder"
+    assert all(task.dataset == str(Path("copies") / str(task.folder)) for task in recipe.tasks.values())
+    assert path.read_text().startswith("# python -m training."), "a recipe starts with the command that runs it"

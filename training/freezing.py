@@ -1,0 +1,131 @@
+"""Freezing: which parameters train, from which step on, and how fast."""
+
+import re
+from math import ceil
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers import TrainerCallback
+
+from modeling_multitask import MultiTaskModel
+from training.recipe import FreezingRecipe, OptimizerRecipe, RecipeError
+
+_LAYER = re.compile(r"\.layers?\.(\d+)\.")
+
+
+def depth(model: MultiTaskModel, name: str) -> int | None:
+    """Returns how high in the encoder a parameter is: 0 for embeddings, then 1 … L for its layers; None outside of it.
+
+    What stands above the layers (a last norm) counts as the last layer.
+    """
+    if not name.startswith(model.base_model_prefix + "."):
+        return None
+    found = _LAYER.search(name)
+    if found:
+        return int(found[1]) + 1
+    return 0 if "embeddings" in name else model.config.num_hidden_layers
+
+
+def is_frozen(model: MultiTaskModel, name: str, recipe: FreezingRecipe) -> bool:
+    """Returns whether a parameter never trains."""
+    height = depth(model, name)
+    if height is None:
+        return False
+    if recipe.freeze == "encoder" or (recipe.first_layers and height <= recipe.first_layers):
+        return True
+    if recipe.freeze == "embeddings":
+        return height == 0
+    return recipe.freeze == "word_embeddings" and model.get_parameter(name) is model.get_input_embeddings().weight
+
+
+def first_step(model: MultiTaskModel, name: str, recipe: FreezingRecipe, steps: int) -> int:
+    """Returns the step of the run from which on a parameter trains."""
+    height = depth(model, name)
+    if height is None:
+        return 0
+    step = ceil(recipe.probe_ratio * steps)
+    if recipe.gradual:  # the top layer first, the embeddings when half of the run is over
+        layers = model.config.num_hidden_layers
+        step += ceil((layers - height) / layers * max(0, steps / 2 - step))
+    return step
+
+
+def learning_rate(model: MultiTaskModel, name: str, recipe: OptimizerRecipe) -> float:
+    """Returns a parameter's learning rate: of its group, its head, or its depth in the encoder."""
+    for group in recipe.groups:
+        if re.search(group.pattern, name):
+            return group.learning_rate
+    if name.startswith("heads."):
+        return recipe.learning_rate if recipe.head_learning_rate is None else recipe.head_learning_rate
+    height = depth(model, name)
+    layers = model.config.num_hidden_layers
+    return recipe.learning_rate * recipe.layer_decay ** (0 if height is None else layers - height)
+
+
+def new_optimizer(model: MultiTaskModel, recipe: OptimizerRecipe, others: nn.Module | None = None) -> torch.optim.AdamW:
+    """Returns AdamW over everything that trains at some time; vectors (biases, norms) do not decay.
+
+    Args:
+        model: The model, its frozen parameters marked.
+        recipe: Rates and decay.
+        others: Further parameters, which learn like a head and do not decay.
+
+    Raises:
+        RecipeError: Nothing trains, or a group's pattern matches no parameter.
+    """
+    named = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
+    for group in recipe.groups:
+        if not any(re.search(group.pattern, name) for name, _ in named):
+            raise RecipeError(f"optimizer.groups: the pattern {group.pattern!r} matches no parameter that trains")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, x in named:
+        decay = recipe.weight_decay if x.dim() > 1 else 0.0
+        groups.setdefault((learning_rate(model, name, recipe), decay), []).append(x)
+    if not groups:
+        raise RecipeError("the recipe freezes everything: no parameter would train")
+    if extra := [] if others is None else list(others.parameters()):
+        rate = recipe.learning_rate if recipe.head_learning_rate is None else recipe.head_learning_rate
+        groups.setdefault((rate, 0.0), []).extend(extra)
+    return torch.optim.AdamW([{"params": x, "lr": lr, "weight_decay": decay} for (lr, decay), x in groups.items()])
+
+
+def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> None:
+    """Marks what never trains, and puts the adapters in if the recipe asks for them."""
+    for name, parameter in model.named_parameters():
+        if is_frozen(model, name, recipe):
+            parameter.requires_grad_(False)
+    if recipe.lora_rank:
+        config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear")
+        adapted = LoraModel(model.encoder, config, "default")  # changes the encoder's layers in place
+        adapted.model.requires_grad_(False)
+        for name, parameter in model.encoder.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+
+
+def merge_adapters(model: MultiTaskModel) -> None:
+    """Adds low-rank adapters, if there are any, to the weights that they adapt, and removes them."""
+    tuned = [module for module in model.encoder.modules() if hasattr(module, "lora_A")]
+    for module in tuned:
+        module.merge()
+    for name, module in list(model.encoder.named_modules()):
+        if module in tuned:
+            model.encoder.set_submodule(name, module.get_base_layer())
+    if tuned:
+        model.encoder.requires_grad_(True)
+
+
+class UnfreezeOnSchedule(TrainerCallback):
+    """Lets each parameter train from its first step on; until then it has no gradient and does not change."""
+
+    def __init__(self, model: MultiTaskModel, recipe: FreezingRecipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.trained = [name for name, x in model.named_parameters() if x.requires_grad]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name in self.trained:
+            start = first_step(self.model, name, self.recipe, state.max_steps)
+            parameters[name].requires_grad_(state.global_step >= start)

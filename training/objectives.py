@@ -1,0 +1,193 @@
+"""Objectives: the loss of each kind of task, the loss that keeps the embedding, and how losses are weighed."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MultipleNegativesRankingLoss
+from torch import Tensor, nn
+
+from configuration_multitask import TaskSpec
+from modeling_multitask import IGNORE_INDEX, MultiTaskOutput, pool, task_loss
+from training.recipe import SCORED_PAIRS, LossesRecipe, TaskRecipe
+
+CASING_DROPOUT = 0.15  # share of texts whose casing is hidden in training, so that the value "unknown" is learned
+EFFECTIVE_NUMBER_BETA = 0.999
+
+
+def hide_casing(casing_ids: Tensor) -> Tensor:
+    """Returns casing ids, int [B, T], of which some texts' are unknown, so that training learns that value too."""
+    return casing_ids * (torch.rand(len(casing_ids), 1, device=casing_ids.device) >= CASING_DROPOUT)
+
+
+def class_weights(counts: Tensor, method: str) -> Tensor | None:
+    """Returns a weight per class whose mean over the examples is 1, or None for "none".
+
+    Args:
+        counts: int [C], how often each class occurs in training.
+        method: "none"; "inverse_frequency"; or "effective_number", a milder form of it (Cui et al. 2019, Class-balanced
+            loss based on effective number of samples).
+    """
+    if method == "none":
+        return None
+    counts = counts.float()
+    seen = counts.clamp(min=1)
+    amount = seen if method == "inverse_frequency" else (1 - EFFECTIVE_NUMBER_BETA**seen) / (1 - EFFECTIVE_NUMBER_BETA)
+    return counts.sum() / (counts / amount).sum() / amount
+
+
+def label_counts(spec: TaskSpec, labels: list[Any]) -> Tensor:
+    """Returns how often each class occurs, float [C], in the labels of a task's examples."""
+    flat = torch.cat([torch.as_tensor(x, dtype=torch.float32).reshape(-1) for x in labels])
+    if spec.problem_type == "multi_label_classification":
+        return flat.view(-1, len(spec.labels)).clamp(min=0).sum(dim=0)
+    return torch.bincount(flat[flat != IGNORE_INDEX].long(), minlength=len(spec.labels)).float()
+
+
+def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: TaskRecipe, weights: Tensor | None) -> Tensor:
+    """Returns the mean loss over the labels that are not -100; zero (with a graph) if there are none.
+
+    Without class weights, focal exponent and smoothing this is the model's own `task_loss`.
+
+    Args:
+        spec: The head.
+        logits: float [B, C] or [B, T, C].
+        labels: As for `task_loss`.
+        task: Gives `focal_gamma` (Lin et al. 2017, Focal loss for dense object detection) and `label_smoothing`.
+        weights: float [C], a factor per class; for multi-label tasks of each class's presence.
+    """
+    if weights is None and not task.focal_gamma and not task.label_smoothing:
+        return task_loss(spec, logits, labels)
+    logits, kept = logits.float(), labels != IGNORE_INDEX
+    if spec.problem_type == "multi_label_classification":
+        target = labels.float() * (1 - task.label_smoothing) + task.label_smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=weights)
+        certainty = torch.where(labels > 0.5, logits, -logits).sigmoid()
+    else:
+        classes = labels.clamp(min=0).long()
+        losses = F.cross_entropy(
+            logits.flatten(0, -2), classes.flatten(), weights, reduction="none", label_smoothing=task.label_smoothing
+        ).view_as(classes)
+        certainty = logits.softmax(dim=-1).gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+    losses = losses * (1 - certainty) ** task.focal_gamma
+    return losses.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+
+
+def embedding_loss(kind: str, views: list[Tensor], labels: Tensor) -> Tensor:
+    """Returns the mean over several views of the same texts of the loss of pairs or triplets.
+
+    Args:
+        kind: "scored_pairs" (CoSENT), "positive_pairs" or "triplets" (multiple negatives ranking).
+        views: Vectors float [texts, D], all first texts, then all second ones, and so on.
+        labels: float [B], the pairs' scores.
+    """
+    loss = CoSENTLoss(model=None) if kind == SCORED_PAIRS else MultipleNegativesRankingLoss(model=None)
+    sides = len(views[0]) // len(labels)
+    return torch.stack([loss.compute_loss_from_embeddings(list(view.chunk(sides)), labels) for view in views]).mean()
+
+
+def preserve_loss(pooled: Tensor, embedding: Tensor, target: Tensor, mode: str) -> Tensor:
+    """Returns how far a batch's vectors are from the teacher's, float [] of at least 0.
+
+    Args:
+        pooled: float [N, H], the encoder's own vectors.
+        embedding: float [N, E], the sentence embeddings, unit length.
+        target: float [N, D], the teacher's vectors; any D for "similarity".
+        mode: "cosine": one minus the cosine to the teacher's vector, of the pooled vector or, where that has not its width,
+            of the embedding; "similarity": squared differences between the embeddings' similarities to each other and the
+            teacher's (Park et al. 2019, Relational knowledge distillation), times ten to be of like size; "both": the sum.
+    """
+    loss = pooled.new_zeros(())
+    if mode in ("cosine", "both"):
+        loss = loss + 1 - F.cosine_similarity(pooled if target.shape[1] == pooled.shape[1] else embedding, target).mean()
+    if mode in ("similarity", "both"):
+        theirs = F.normalize(target.float(), dim=-1)
+        loss = loss + 10 * ((embedding.float() @ embedding.float().T - theirs @ theirs.T) ** 2).mean()
+    return loss
+
+
+class LossWeights(nn.Module):
+    """The factor of each task's loss.
+
+    Args:
+        tasks: The recipe's tasks.
+        weighting: The recipe's `losses.weighting`.
+        num_labels: Number of labels of each task with a head.
+    """
+
+    def __init__(self, tasks: dict[str, TaskRecipe], weighting: str, num_labels: dict[str, int]) -> None:
+        super().__init__()
+        self.fixed = {name: task.loss_weight for name, task in tasks.items()}
+        if weighting == "log_labels":  # a task of one number, or of none, counts like one of two labels
+            self.fixed = {name: weight / math.log(max(2, num_labels.get(name, 2))) for name, weight in self.fixed.items()}
+        self.log_variances = None
+        if weighting == "uncertainty":
+            self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in tasks})
+
+    def forward(self, task: str, loss: Tensor) -> Tensor:
+        """Returns the weighted loss; with learned uncertainties, their own cost is part of it."""
+        loss = self.fixed[task] * loss
+        if self.log_variances is None:
+            return loss
+        # Kendall et al. 2018, Multi-task learning using uncertainty to weigh losses: loss / variance + log(deviation)
+        log_variance = self.log_variances[task]
+        return loss * torch.exp(-log_variance) + log_variance / 2
+
+
+class Objective:
+    """The loss of a batch, whichever task it is of.
+
+    Args:
+        tasks: The recipe's tasks.
+        losses: The recipe's losses.
+        weights: float [C] per class, for each task that has class weights.
+        num_labels: Number of labels of each task with a head.
+        prefix_dims: Lengths of the embedding's prefixes that the embedding tasks train too.
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, TaskRecipe],
+        losses: LossesRecipe,
+        weights: dict[str, Tensor],
+        num_labels: dict[str, int],
+        prefix_dims: list[int],
+    ) -> None:
+        self.tasks, self.losses, self.weights, self.prefix_dims = tasks, losses, weights, prefix_dims
+        self.loss_weights = LossWeights(tasks, losses.weighting, num_labels)
+
+    def __call__(
+        self, model: Any, specs: dict[str, TaskSpec], pooling_mode: str, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Returns the task's own loss under its name, the embedding's "drift" if it is kept, and the sum as "loss".
+
+        Args:
+            model: The model, possibly wrapped for several processes.
+            specs: Its heads.
+            pooling_mode: Its pooling.
+            batch: What `make_batch` returns.
+        """
+        batch = dict(batch)
+        name, labels, target = batch.pop("task"), batch.pop("labels"), batch.pop("target", None)
+        if "casing_ids" in batch and model.training:
+            batch["casing_ids"] = hide_casing(batch["casing_ids"])
+        out = model(**batch, tasks=[name] if name in specs else [])
+        pooled = pool(out.last_hidden_state, batch["attention_mask"], pooling_mode)
+        own = self._task_loss(name, specs.get(name), out, pooled, labels)
+        found = {name: own, "loss": self.loss_weights(name, own)}
+        if target is not None:
+            found["drift"] = preserve_loss(pooled, out.sentence_embedding, target, self.losses.preserve_mode)
+            found["loss"] = found["loss"] + self.losses.preserve_weight * found["drift"]
+        return found
+
+    def _task_loss(self, name: str, spec: TaskSpec | None, out: MultiTaskOutput, pooled: Tensor, labels: Tensor) -> Tensor:
+        task = self.tasks[name]
+        if spec is None:
+            # The encoder's own vector too: with a free projection alone it would have no reason to be good.
+            views = [pooled, out.sentence_embedding, *(out.sentence_embedding[:, :dim] for dim in self.prefix_dims)]
+            return embedding_loss(task.kind, views, labels)
+        weights = self.weights.get(name)
+        return classification_loss(
+            spec, out.logits[name], labels, task, None if weights is None else weights.to(labels.device)
+        )

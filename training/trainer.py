@@ -1,0 +1,229 @@
+"""The Trainer of this repository: transformers' own, with batches of one task each and a loss for each kind of task."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainingArguments
+
+from training.objectives import Objective
+from training.recipe import Recipe, RecipeError
+
+COMPLETE = "complete"  # the last file of a checkpoint: without it, the writing was cut short
+LOSS_WEIGHTS = "loss_weights.safetensors"
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says at which step, why, and what remains."""
+
+
+class GradientSurgery:
+    """Collects the gradient of each task of a step on what they share, and joins them by a `torchjd` aggregator.
+
+    Args:
+        method: "pcgrad" (Yu et al. 2020, Gradient surgery for multi-task learning) or "upgrad" (Quinton and Rey 2024,
+            Jacobian descent for multi-objective optimization).
+        shared: The parameters that all tasks train.
+    """
+
+    def __init__(self, method: str, shared: list[nn.Parameter]) -> None:
+        try:
+            from torchjd.aggregation import PCGrad, UPGrad
+        except ImportError as error:
+            raise RecipeError(f"losses.weighting is {method!r}; it needs torchjd: pip install torchjd") from error
+        self.new_aggregator = {
+            "pcgrad": lambda count: PCGrad(),
+            "upgrad": lambda count: UPGrad(pref_vector=torch.ones(count)),  # of the sum, as all the others
+        }[method]
+        self.shared = shared
+        self.gradients: dict[str, Tensor] = {}
+
+    def collect(self, task: str) -> None:
+        """Takes the shared parameters' gradients away and adds them to the task's."""
+        parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.shared]
+        gradient = torch.cat([x.flatten() for x in parts])
+        self.gradients[task] = self.gradients[task] + gradient if task in self.gradients else gradient
+        for parameter in self.shared:
+            parameter.grad = None
+
+    def combine(self) -> None:
+        """Gives the shared parameters the joined gradient."""
+        matrix = torch.stack(list(self.gradients.values()))  # [tasks, parameters]
+        joined = self.new_aggregator(len(matrix)).to(matrix.device)(matrix)
+        sizes = [x.numel() for x in self.shared]
+        for parameter, part in zip(self.shared, joined.split(sizes), strict=True):
+            if parameter.requires_grad:  # the optimizer would decay what has a gradient of zero
+                parameter.grad = part.view_as(parameter)
+        self.gradients = {}
+
+
+class TaskProgress(ProgressCallback):
+    """A progress bar that shows the latest mean loss of each task."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            losses = {name.removeprefix("loss_"): x for name, x in (logs or {}).items() if name.startswith("loss_")}
+            self.training_bar.set_postfix({name: f"{x:.3f}" for name, x in losses.items()})
+
+
+class MultiTaskTrainer(Trainer):
+    """A Trainer whose every batch is of one task; several batches make a step, as gradient accumulation.
+
+    Args:
+        objective: Gives a batch's losses.
+        evaluator: Returns the metrics of the validation splits, "average" among them.
+        surgery: A method of `GRADIENT_SURGERY`, or None.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        evaluator: Callable[[], dict[str, float]] | None = None,
+        surgery: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective, self.evaluator = objective, evaluator
+        self.objective.loss_weights.to(self.args.device)
+        # The Trainer clears the gradients of the model alone.
+        self.optimizer.register_step_post_hook(lambda *_: self.objective.loss_weights.zero_grad())
+        self.sums: dict[str, tuple[float, int]] = {}
+        self.surgery = None
+        if surgery is not None:
+            named = [(name, x) for name, x in self.model.named_parameters() if x.requires_grad]
+            self.surgery = GradientSurgery(surgery, [x for name, x in named if not name.startswith("heads.")])
+        self.remove_callback(ProgressCallback)
+        self.add_callback(TaskProgress())
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """Returns the batch's loss.
+
+        Raises:
+            TrainingError: It is not finite.
+        """
+        config = self.model.config
+        losses = self.objective(model, config.task_specs, config.pooling_mode, inputs)
+        for name, value in losses.items():
+            if name == "loss":
+                continue
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value.item(), count + 1)
+        if not torch.isfinite(losses["loss"]):
+            raise TrainingError(self._stopped(f"the loss of {inputs['task']!r} is {losses['loss'].item()}"))
+        return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        task = inputs["task"]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.surgery is not None:
+            self.surgery.collect(task)
+            if self.accelerator.sync_gradients:
+                self.surgery.combine()
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Returns the evaluator's metrics, as "eval_…"."""
+        metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds each task's mean loss since the last report of losses."""
+        if "loss" in logs:
+            logs = {**logs, **{f"loss_{name}": total / count for name, (total, count) in self.sums.items()}}
+            self.sums = {}
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint, and last of all the mark that it is whole."""
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise TrainingError(self._stopped(f"the weights of {name} are no longer finite"))
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if weights := self.objective.loss_weights.state_dict():
+            save_file(weights, folder / LOSS_WEIGHTS)
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint, LOSS_WEIGHTS)
+        if path.exists():
+            self.objective.loss_weights.load_state_dict(load_file(path))
+
+    def _stopped(self, reason: str) -> str:
+        found = newest_checkpoint(Path(self.args.output_dir))
+        remains = f"the last good checkpoint is {found}" if found else "no checkpoint was written before"
+        return (
+            f"Step {self.state.global_step + 1}: {reason}. Training stops; {remains}. Lower optimizer.learning_rate or "
+            "optimizer.head_learning_rate, or look for broken values in the data."
+        )
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """Returns the newest whole checkpoint of a run folder; what was cut short while it was written does not count."""
+    found = [path.parent for path in output.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArguments:
+    """Returns the Trainer's settings for a run of so many steps.
+
+    Raises:
+        RecipeError: The batches of a step do not divide among the processes.
+    """
+    run, sampling = recipe.run, recipe.sampling
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if sampling.tasks_per_step % processes:
+        raise RecipeError(
+            f"sampling.tasks_per_step is {sampling.tasks_per_step}; the batches of a step must divide among {processes} "
+            "processes: make it a multiple"
+        )
+    if processes > 1 and recipe.losses.weighting not in ("fixed", "log_labels"):
+        raise RecipeError(f"losses.weighting is {recipe.losses.weighting!r}; it works in one process only")
+    every = max(1, steps // run.evaluations) if run.evaluations else None
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=1,  # one item of the plan is a whole batch
+        gradient_accumulation_steps=sampling.tasks_per_step // processes,
+        train_sampling_strategy="sequential",  # the plan is shuffled
+        num_train_epochs=1,
+        lr_scheduler_type=run_schedule(recipe),
+        warmup_steps=recipe.optimizer.warmup_ratio,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        seed=run.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=run.precision == "bfloat16",
+        fp16=run.precision == "float16",
+        logging_steps=max(1, min(50, steps // 20)),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if every else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every or run.save_steps,
+        save_total_limit=2,
+        load_best_model_at_end=every is not None,
+        metric_for_best_model="average" if every else None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=True,  # a batch trains its own task's head alone
+        report_to=run.report_to,
+        disable_tqdm=False,
+    )
+
+
+def run_schedule(recipe: Recipe) -> str:
+    """Returns transformers' name of the recipe's learning rate schedule."""
+    return {"constant": "constant_with_warmup"}.get(recipe.optimizer.schedule, recipe.optimizer.schedule)
