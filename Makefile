@@ -1,10 +1,14 @@
-.PHONY: install lint test train evaluate card check
+.PHONY: install lint test smoke train single evaluate card check
 # A folder with local copies of the data sets; empty: they come from the Hub.
 DATA ?=
 # The starting encoder, a Hub id or a folder.
 ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
 RUN ?= runs/release
+RECIPE = training/recipes/release.toml
 FROM_DATA = $(if $(DATA),--data $(DATA))
+# Texts that no task trains on, to measure how much of the starting embedding is kept.
+NEIGHBOURS = --neighbours $(if $(DATA),wnut17,leondz/wnut_17) test tokens
+TASKS = sentiment emotion ner similarity
 
 install:
 	pip install -r requirements-dev.txt -c constraints.txt
@@ -16,12 +20,25 @@ lint:
 test:
 	pytest
 
+smoke:
+	python -m training.train training/recipes/smoke.toml --output runs/smoke
+
 train:
-	python -m training.train training/recipes/release.toml --output $(RUN) --encoder $(ENCODER) $(FROM_DATA)
+	python -m training.train $(RECIPE) --output $(RUN) --encoder $(ENCODER) $(FROM_DATA)
+
+# The single-task run of each task: the same recipe, encoder and budget, for the negative-transfer table.
+single:
+	for task in $(TASKS); do \
+		python -m training.train $(RECIPE) --only $$task --output runs/$$task --encoder $(ENCODER) $(FROM_DATA) && \
+		python -m evaluation.evaluate runs/$$task/final --only $$task --split test --output results/single_$$task.json $(FROM_DATA) \
+		|| exit 1; \
+	done
 
 evaluate:
-	python -m evaluation.evaluate . --split validation --reference $(ENCODER) --output results/release_validation.json $(FROM_DATA)
-	python -m evaluation.evaluate . --split test --reference $(ENCODER) --output results/release.json $(FROM_DATA)
+	for split in validation test; do \
+		python -m evaluation.evaluate . --split $$split --reference $(ENCODER) $(NEIGHBOURS) $(FROM_DATA) \
+			--output results/release$$([ $$split = test ] || echo _$$split).json || exit 1; \
+	done
 
 card:
 	python -m release.card

@@ -292,9 +292,9 @@ class MultiTaskPipeline(Pipeline):
     ) -> Iterator[Record]:
         names = list(self.model.config.tasks) if tasks is None else tasks
         batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS)
-        for chunk in _chunks(texts):
+        for chunk in text_chunks(texts):
             windows = self.preprocess(chunk, tasks=names)
-            for batch in _batches(windows, batch_tokens):
+            for batch in length_batches(windows, batch_tokens):
                 self._forward(batch, tasks=names)
             yield from self.postprocess(chunk, windows, tasks=names, embedding=embedding)
 
@@ -349,14 +349,14 @@ class MultiTaskPipeline(Pipeline):
         records: list[Record] = [{} for _ in texts]
         if embedding:
             for record, group in zip(records, by_text, strict=True):
-                mean = _average(group, [window.embedding for window in group])
+                mean = mean_over_windows(group, [window.embedding for window in group])
                 record["sentence_embedding"] = mean if len(group) == 1 else mean / max(np.linalg.norm(mean), 1e-12)
         for name in tasks:
             if specs[name].kind == "token_classification":
                 found = _word_answers(specs[name], name, texts, by_text)
             else:
                 found = [
-                    _text_answer(specs[name], _average(group, [window.logits[name] for window in group]))
+                    _text_answer(specs[name], mean_over_windows(group, [window.logits[name] for window in group]))
                     for group in by_text
                 ]
             part = "entities" if specs[name].kind == "token_classification" else "labels"
@@ -375,7 +375,12 @@ def _check_text(index: int, text: object) -> None:
         raise ValueError(f"inputs[{index}] {problem}.")
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+def text_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields the texts in lists of bounded size, in their order.
+
+    Raises:
+        ValueError: An item is no text; the message names its index.
+    """
     chunk: list[str] = []
     characters = 0
     for index, text in enumerate(texts):
@@ -389,7 +394,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+def length_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Yields windows of like length, as many at a time as fit the budget, and at least one."""
     ordered = sorted(windows, key=lambda window: len(window.input_ids), reverse=True)
     start = 0
@@ -399,7 +404,7 @@ def _batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]
         start += count
 
 
-def _average(windows: list[Window], values: list[np.ndarray]) -> np.ndarray:
+def mean_over_windows(windows: list[Window], values: list[np.ndarray]) -> np.ndarray:
     """Returns the mean over a text's windows, weighted by their tokens; of a single window, its value."""
     if len(values) == 1:
         return values[0]
@@ -426,7 +431,7 @@ def _text_answer(spec: Any, logits: np.ndarray) -> Record:
 
 def _word_answers(spec: Any, name: str, texts: list[str], by_text: list[list[Window]]) -> list[list[Record]]:
     """Returns each text's entities (or, without a BIO scheme, its words) for one token task."""
-    merged = [_merge_words(name, windows) for windows in by_text]
+    merged = [merge_words(name, windows) for windows in by_text]
     counts = [len(spans) for spans, _ in merged]
     bounds = np.concatenate([[0], np.cumsum(counts)]).astype(int)
     logits = np.concatenate([logits for _, logits in merged]) if bounds[-1] else np.zeros((0, len(spec.labels)))
@@ -454,7 +459,7 @@ def _entity(text: str, spans: list[Span], certainty: np.ndarray, first: int, end
     return {"entity_group": group, "score": score, "word": text[start:stop], "start": start, "end": stop}
 
 
-def _merge_words(name: str, windows: list[Window]) -> tuple[list[Span], np.ndarray]:
+def merge_words(name: str, windows: list[Window]) -> tuple[list[Span], np.ndarray]:
     """Returns the spans of a text's words and their logits [W, C], each from the window with most context."""
     if len(windows) == 1:
         return [span for _, span in windows[0].words], windows[0].logits[name]

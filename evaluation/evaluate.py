@@ -49,7 +49,16 @@ from evaluation.metrics import (
 )
 from evaluation.plots import confusion_matrix, reliability_diagram
 from modeling_multitask import IGNORE_INDEX
-from pipeline_multitask import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Record, Span, _average, _batches, _chunks, _merge_words
+from pipeline_multitask import (
+    CPU_BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    Record,
+    Span,
+    length_batches,
+    mean_over_windows,
+    merge_words,
+    text_chunks,
+)
 from training.data import encode, label_id, load_split, load_task_split, make_examples, split_names, task_labels
 from training.recipe import POSITIVE_PAIRS, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
 
@@ -242,9 +251,9 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
     For a token task these are the spans of the text's words and float [words, C]; otherwise no spans and float [C].
     """
     is_token = pipe.model.config.task_specs[name].kind == TOKEN
-    for chunk in _chunks(texts):
+    for chunk in text_chunks(texts):
         windows = pipe.preprocess(chunk, tasks=[name])
-        for batch in _batches(windows, CPU_BATCH_TOKENS if pipe.device.type == "cpu" else GPU_BATCH_TOKENS):
+        for batch in length_batches(windows, CPU_BATCH_TOKENS if pipe.device.type == "cpu" else GPU_BATCH_TOKENS):
             pipe._forward(batch, tasks=[name])
         by_text: list[list[Any]] = [[] for _ in chunk]
         for window in windows:
@@ -252,9 +261,9 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
         records = pipe.postprocess(chunk, windows, tasks=[name], embedding=False)
         for record, group in zip(records, by_text, strict=True):
             if is_token:
-                yield record, *_merge_words(name, group)
+                yield record, *merge_words(name, group)
             else:
-                yield record, [], _average(group, [window.logits[name] for window in group])
+                yield record, [], mean_over_windows(group, [window.logits[name] for window in group])
 
 
 def word_tags(words: list[Span], spans: list[Span], tags: list[str | None]) -> list[str | None]:

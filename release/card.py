@@ -143,6 +143,35 @@ def negative_transfer(together: dict[str, Any], alone: dict[str, dict[str, Any]]
     return "\n".join(lines) + "\n"
 
 
+def drift_table(found: dict[str, Any]) -> str:
+    """Returns the Markdown table of how near the embedding still is to the starting encoder's.
+
+    Args:
+        found: The "drift" of results/release.json.
+    """
+    measures = {
+        "cosine_raw": "mean cosine of a text's old and new vector (the encoder's own)",
+        "neighbours_at_10": "of a text's ten nearest neighbours, still among the ten nearest",
+        "neighbours_at_10_raw": "the same for the encoder's own vector, before the projection",
+    }
+    lines = [f"| {found['rows']:,} texts, {found['split']} split | kept |", "|---|---|"]
+    lines += [f"| {title} | {_with_interval(found, key)} |" for key, title in measures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def lever_table(found: dict[str, Any]) -> str:
+    """Returns the Markdown table of what single settings change in the validation metrics of a small run.
+
+    Args:
+        found: One entry of results/levers.json: `columns`, metric keys to titles, and `runs`, names to metrics.
+    """
+    columns = found["columns"]
+    lines = ["| setting | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, metrics in found["runs"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{metrics[key]:.3f}" for key in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _with_interval(found: dict[str, Any], key: str) -> str:
     """Returns a metric's value, and its 95 % interval if there is one."""
     value = f"{found['metrics'][key]:.3f}"
@@ -167,6 +196,8 @@ def render_card(card: str, folder: Path = ROOT) -> str:
     text = fill(_METADATA.sub("", card), "results", table(results, described))
     if alone := single_runs(folder, described):
         text = fill(text, "negative-transfer", negative_transfer(results, alone, described))
+    if "drift" in results:
+        text = fill(text, "drift", drift_table(results["drift"]))
     return metadata(card, folder.resolve().name, results, described) + text
 
 
@@ -174,9 +205,13 @@ def render_discussion(text: str, folder: Path = ROOT) -> str:
     """Returns a folder's discussion.md with its tables made anew."""
     runs = {
         "heads at 2e-4": read("slow_heads_validation", folder),
-        "heads at 2e-3": read("release_validation", folder),
+        "heads at 2e-3": read("fast_heads_validation", folder),
+        "the release": read("release_validation", folder),
     }
-    return fill(text, "comparison", comparison(runs, read("tasks", folder)))
+    text = fill(text, "comparison", comparison(runs, read("tasks", folder)))
+    for name, found in read("levers", folder).items():
+        text = fill(text, f"levers-{name}", lever_table(found))
+    return text
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,14 @@ def test_the_run_folder_says_what_was_run(workshop):
     logged = json.loads((output / "history.json").read_text())
     assert sum("eval_average" in x for x in logged) == 2 and any("loss_ner" in x for x in logged)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_can_be_watched_in_tensorboard(workshop):
+    _, output = workshop.train("mood", settings=("run.report_to=tensorboard",))
+    assert [x for x in output.rglob("events.out.tfevents*") if x.stat().st_size > 100]
+    if find_spec("trackio") is None:
+        with pytest.raises(RecipeError, match="run.report_to is 'trackio', which is not installed: pip install trackio"):
+            workshop.train("mood", settings=("run.report_to=trackio",))
 
 
 def test_the_best_checkpoint_is_kept_and_a_hopeless_run_stops_early(workshop):

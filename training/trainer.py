@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
     """Returns the Trainer's settings for a run of so many steps.
 
     Raises:
-        RecipeError: The batches of a step do not divide among the processes.
+        RecipeError: The batches of a step do not divide among the processes, or a package is not installed.
     """
     run, sampling = recipe.run, recipe.sampling
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -193,6 +194,8 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         )
     if processes > 1 and recipe.losses.weighting not in ("fixed", "log_labels"):
         raise RecipeError(f"losses.weighting is {recipe.losses.weighting!r}; it works in one process only")
+    if run.report_to != "none" and find_spec(run.report_to) is None:
+        raise RecipeError(f"run.report_to is {run.report_to!r}, which is not installed: pip install {run.report_to}")
     every = max(1, steps // run.evaluations) if run.evaluations else None
     return TrainingArguments(
         output_dir=str(output),
