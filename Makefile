@@ -7,7 +7,7 @@ RUN ?= runs/release
 RECIPE = training/recipes/release.toml
 FROM_DATA = $(if $(DATA),--data $(DATA))
 # Texts that no task trains on, to measure how much of the starting embedding is kept.
-NEIGHBOURS = --neighbours $(if $(DATA),wnut17,leondz/wnut_17) test tokens
+NEIGHBOURS = --neighbours $(if $(DATA),wnut17,leondz/wnut_17@refs/convert/parquet) test tokens
 TASKS = sentiment emotion ner similarity
 
 install:

@@ -68,6 +68,8 @@ class TaskSpec:
             instead of the last one.
         pooling_mode: Sequence tasks only: how this head pools token vectors; None: as the sentence embedding does. A head
             that reads "cls" leaves the mean of the tokens, and with it the embedding, nearly untouched in training.
+        casing_dim: Token tasks only: width of a learned vector for how each word and its neighbours are written
+            (`CASINGS`), which the head reads beside the encoder's output; None: the head does not look at casing.
         temperature: Positive number by which the logits are divided (Guo et al. 2017); 1 changes nothing.
         thresholds: Multi-label only: probability in [0, 1] from which each label counts as present; None: 0.5.
         loss_weight: Non-negative factor of this task's loss in the summed loss.

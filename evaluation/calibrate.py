@@ -19,7 +19,7 @@ from configuration_multitask import PROBLEM_TYPES
 from evaluation.evaluate import DEFAULT_RECIPE, check_splits, has_split, predict
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-from training.data import load_task_split
+from training.data import DataError, load_task_split
 from training.recipe import Recipe, RecipeError
 
 BOUNDS = (0.05, 20.0)
@@ -99,9 +99,10 @@ def main() -> None:
     try:
         recipe = Recipe.read(args.recipe, args.data)
         check_splits(recipe, "validation", None)
-    except RecipeError as error:
+        model, tokenizer = MultiTaskModel.from_pretrained(args.folder), AutoTokenizer.from_pretrained(args.folder)
+        temperatures = calibrate(model, tokenizer, recipe)
+    except (RecipeError, DataError) as error:
         sys.exit(str(error))
-    temperatures = calibrate(MultiTaskModel.from_pretrained(args.folder), AutoTokenizer.from_pretrained(args.folder), recipe)
     write_temperatures(args.folder / "config.json", temperatures)
     print(f"{args.folder}/config.json now holds the temperatures {json.dumps(temperatures)}")
 

@@ -59,7 +59,7 @@ from pipeline_multitask import (
     merge_words,
     text_chunks,
 )
-from training.data import encode, label_id, load_split, load_task_split, make_examples, split_names, task_labels
+from training.data import DataError, encode, label_id, load_split, load_task_split, make_examples, split_names, task_labels
 from training.recipe import POSITIVE_PAIRS, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +125,7 @@ def main_metric(task: TaskRecipe) -> str:
         ValueError: The recipe names a metric of which less is better, which no average can hold.
     """
     if task.metric in LESS_IS_BETTER:
-        raise ValueError(f"metric is {task.metric!r}, of which less is better; choose one of which more is better.")
+        raise DataError(f"metric is {task.metric!r}, of which less is better; choose one of which more is better.")
     if task.metric is not None:
         return task.metric
     if task.kind == TOKEN:
@@ -145,7 +145,7 @@ def average(results: dict[str, dict[str, Any]], recipe: Recipe) -> float:
     for name, found in results.items():
         key = main_metric(recipe.tasks[name])
         if key not in found["metrics"]:
-            raise ValueError(f"tasks.{name}.metric is {key!r}; allowed: {', '.join(found['metrics'])}.")
+            raise DataError(f"tasks.{name}.metric is {key!r}; allowed: {', '.join(found['metrics'])}.")
         values.append(found["metrics"][key])
     return float(np.mean(values)) if values else float("nan")
 
@@ -188,17 +188,15 @@ def predict(pipe: Any, name: str, task: TaskRecipe, data: Dataset) -> Prediction
     spec = pipe.model.config.task_specs.get(name)
     if spec is None:
         known = ", ".join(pipe.model.config.tasks) or "none"
-        raise ValueError(
-            f"tasks.{name} is in the recipe; the model's tasks are: {known}. Give the recipe it was trained by."
-        )
+        raise DataError(f"tasks.{name} is in the recipe; the model's tasks are: {known}. Give the recipe it was trained by.")
     if spec.kind != task.kind:
-        raise ValueError(f"tasks.{name}.kind is {task.kind!r}; the model's head is a {spec.kind}.")
+        raise DataError(f"tasks.{name}.kind is {task.kind!r}; the model's head is a {spec.kind}.")
     names = task_labels(task, data)
     if spec.problem_type != REGRESSION and (unknown := [label for label in names if label not in spec.labels]):
-        raise ValueError(f"tasks.{name}: the data set has the labels {unknown}; the head knows {', '.join(spec.labels)}.")
+        raise DataError(f"tasks.{name}: the data set has the labels {unknown}; the head knows {', '.join(spec.labels)}.")
     found = (_predict_words if spec.kind == TOKEN else _predict_texts)(pipe, name, task, data, names)
     if not len(found.truth):
-        raise ValueError(f"tasks.{name} ({task.dataset}): no row has a label in column {task.label_column!r}.")
+        raise DataError(f"tasks.{name} ({task.dataset}): no row has a label in column {task.label_column!r}.")
     return found
 
 
@@ -411,7 +409,10 @@ def public_name(dataset: str) -> str:
 
 def has_split(task: TaskRecipe, split: str) -> bool:
     """Returns whether a task's data set has the split ("train", "validation" or "test")."""
-    return task.splits.get(split, split) in split_names(task.dataset)
+    known, name = split_names(task.dataset), task.splits.get(split, split)
+    if split in task.splits and name not in known:
+        raise DataError(f"{task.dataset}: splits.{split} is {name!r}; it has {', '.join(known)}.")
+    return name in known
 
 
 def _first_rows(task: TaskRecipe, data: Dataset, limit: int | None) -> Dataset:
@@ -472,7 +473,7 @@ def parse_arguments() -> argparse.Namespace:
         "--neighbours",
         nargs=3,
         metavar=("DATASET", "SPLIT", "COLUMN"),
-        help="also measure that on texts that no task trains on, for instance: leondz/wnut_17 test tokens; "
+        help="also measure that on texts that no task trains on, for instance: leondz/wnut_17@refs/convert/parquet test tokens; "
         "DATASET is a Hub id or a folder, with --data a folder in there",
     )
     parser.add_argument("--output", type=Path, help="where to write the results, for instance results/release.json")
@@ -510,13 +511,14 @@ def main() -> None:
         if args.only:
             recipe, public = recipe.only(*args.only), public.only(*args.only)
         check_splits(recipe, args.split, neighbours)
-    except RecipeError as error:
+        pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
+        tasks = measure(pipe, recipe, args.split, args.reference, intervals=True, plots=args.plots)
+    except (RecipeError, DataError) as error:
         sys.exit(str(error))
-    pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
     result = {
         "command": command(args),
         "parameters": sum(x.numel() for x in pipe.model.parameters()),
-        "tasks": measure(pipe, recipe, args.split, args.reference, intervals=True, plots=args.plots),
+        "tasks": tasks,
         "recipe": dataclasses.asdict(public),  # without the places of local copies
         **surroundings(),
     }

@@ -10,7 +10,17 @@ from configuration_multitask import CASINGS
 from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX
 from tests.conftest import WINDOW, tiny_tokenizer
-from training.data import align_tags, class_names, cut_texts, load_split, make_batch, make_examples, pad_batch, task_labels
+from training.data import (
+    align_tags,
+    class_names,
+    cut_texts,
+    hub_source,
+    load_split,
+    make_batch,
+    make_examples,
+    pad_batch,
+    task_labels,
+)
 from training.recipe import TaskRecipe
 from training.train import principal_components
 
@@ -112,6 +122,16 @@ def test_labels_of_every_kind():
     }
 
 
+def test_a_scheme_without_inside_labels_has_none_for_further_words():
+    example = make(token(), ["O", "B-LOC"], x=[["U.S."]], y=[[1]])[0]
+    assert example["labels"] == [-100, 1, -100, -100, -100, -100]
+
+
+def test_a_hub_data_set_has_a_subset_and_a_revision():
+    assert hub_source("a/b") == {"path": "a/b"} and hub_source("a/b:c") == {"path": "a/b", "name": "c"}
+    assert hub_source("a/b@refs/x/y:c") == {"path": "a/b", "name": "c", "revision": "refs/x/y"}
+
+
 def test_rows_are_also_joined_to_passages():
     rows = {"x": [["a"], ["b"], ["c"]], "y": [[0], [1], [3]]}
     examples = make(token(passage_rows=2), TAGS, **rows)
@@ -158,6 +178,7 @@ BAD = {
         "row 0, column y: 0 is no list of labels",
     ),
     "too few numbers": (sequence("regression"), ["u", "v"], {"x": ["a"], "y": [1.0]}, "1.0 is not 2 number"),
+    "no words": (token(), TAGS, {"x": [["a"], None], "y": [[0], [0]]}, "row 1: None are no list of words, or"),
     "no score": (pairs(), [], {"a": ["x"], "b": ["y"], "y": [None]}, "row 0, column y: score None is no number"),
 }
 

@@ -80,6 +80,11 @@ def test_a_recipe_that_freezes_everything_is_refused():
         new_optimizer(model, OptimizerRecipe(learning_rate=1e-3))
 
 
+def test_layers_that_are_not_there_cannot_be_frozen():
+    with pytest.raises(RecipeError, match="freezing.first_layers is 2 .* this encoder has 2 layers"):
+        freeze(tiny_model(), FreezingRecipe(first_layers=2))
+
+
 def test_schedules_start_at_the_top_and_end_before_the_run_does():
     model = tiny_model()
     height = heights(model)
@@ -101,7 +106,7 @@ def test_adapters_train_alone_and_are_merged_into_the_weights(family):
         name for name, x in model.named_parameters() if x.requires_grad and not name.startswith(("heads.", "linear."))
     }
     assert trained and all("lora_" in name for name in trained)
-    torch.testing.assert_close(model(inputs).last_hidden_state, before), "an untrained adapter changes nothing"
+    assert torch.equal(model.eval()(inputs).last_hidden_state, before), "an untrained adapter changes nothing"
     with torch.no_grad():
         for name, x in model.named_parameters():
             if "lora_B" in name:

@@ -56,9 +56,11 @@ def test_multi_label_options_by_hand():
 def test_ignored_labels_count_for_nothing_and_never_make_nan(rows):
     labels = torch.tensor(rows)
     logits = torch.randn(*labels.shape, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    for options in (recipe(focal_gamma=2.0), recipe(label_smoothing=0.1)):
+    logits = logits * torch.tensor([1.0, 40.0, 1.0])  # some are as certain as float32 can be
+    for options in (recipe(focal_gamma=2.0), recipe(focal_gamma=0.5), recipe(label_smoothing=0.1)):
         found = classification_loss(TAGS, logits, labels, options, torch.tensor([0.5, 2.0, 2.0]))
-        assert torch.isfinite(found)
+        (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+        assert torch.isfinite(found) and torch.isfinite(gradient).all()
         kept = labels != IGNORE_INDEX
         if kept.any():
             flat = classification_loss(TAGS, logits[kept], labels[kept], options, torch.tensor([0.5, 2.0, 2.0]))
@@ -74,7 +76,7 @@ def test_ignored_labels_count_for_nothing_and_never_make_nan(rows):
 def test_class_weights_average_to_one_over_the_examples_and_favour_rare_classes(counts, method):
     weights = class_weights(torch.tensor(counts), method)
     assert (weights * torch.tensor(counts)).sum().item() == pytest.approx(sum(counts), rel=1e-4)
-    ranked = sorted(zip(counts, weights.tolist(), strict=True))
+    ranked = sorted((count, weight) for count, weight in zip(counts, weights.tolist(), strict=True) if count)
     assert all(a[1] >= b[1] - 1e-5 * a[1] for a, b in pairwise(ranked))
 
 
@@ -83,6 +85,8 @@ def test_class_weights_by_hand():
     assert class_weights(torch.tensor([30, 10]), "inverse_frequency").tolist() == pytest.approx([2 / 3, 2.0])
     mild = class_weights(torch.tensor([3000, 1000]), "effective_number")
     assert 1 < mild[1] / mild[0] < 3
+    assert class_weights(torch.tensor([30, 10, 0]), "inverse_frequency").tolist() == pytest.approx([2 / 3, 2.0, 1.0])
+    assert class_weights(torch.tensor([0, 0]), "effective_number").tolist() == [1.0, 1.0]
 
 
 def test_labels_are_counted_per_kind():

@@ -4,8 +4,10 @@ import random
 from collections import Counter
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from training.recipe import SamplingRecipe, TaskRecipe
 from training.sampler import BatchPlan, passes, probabilities, task_order
@@ -72,7 +74,7 @@ def test_a_task_beside_it_changes_nothing_in_a_tasks_own_batches():
 def test_frequencies_are_those_of_theory(sizes, mode, temperature):
     names = [str(i) for i in range(len(sizes))]
     counts, steps = dict(zip(names, sizes, strict=True)), 4000
-    sampling = SamplingRecipe(mode=mode, temperature=temperature, steps=steps)
+    sampling = SamplingRecipe(mode=mode, temperature=temperature, batches=steps)
     order = Counter(task_order(counts, counts, sampling, random.Random(0)))
     # The mean over the run: for the annealed mode, of a probability that changes.
     expected = [sum(probabilities(sizes, sampling, i / 50)[k] for i in range(50)) / 50 for k in range(len(sizes))]
@@ -90,7 +92,7 @@ def test_temperature_and_annealing_by_hand():
 
 
 def test_round_robin_takes_turns():
-    found = [name for name, _ in plan({"a": 40, "b": 4, "c": 8}, mode="round_robin", steps=9).batches]
+    found = [name for name, _ in plan({"a": 40, "b": 4, "c": 8}, mode="round_robin", batches=9).batches]
     assert found == ["a", "b", "c"] * 3
 
 
@@ -101,8 +103,9 @@ def test_a_run_is_a_whole_number_of_steps(mode):
 
 
 @pytest.mark.parametrize("mode", ["epochs", "temperature"])
-def test_processes_that_read_in_turn_see_every_batch_once(mode):
-    found = plan({"a": 40, "b": 12}, mode=mode, tasks_per_step=2)
-    shares = [[found.batches[i] for i in range(rank, len(found), 2)] for rank in (0, 1)]
-    assert len(shares[0]) == len(shares[1])
-    assert sorted(map(str, shares[0] + shares[1])) == sorted(map(str, found.batches))
+def test_processes_share_the_plan_and_see_every_batch_once(mode):
+    found = plan({"a": 41, "b": 12}, mode=mode, tasks_per_step=2)
+    batches = BatchSampler(SequentialSampler(found), batch_size=1, drop_last=False)
+    shares = [[i for (i,) in BatchSamplerShard(batches, num_processes=2, process_index=rank)] for rank in (0, 1)]
+    assert len(shares[0]) == len(shares[1]) and sorted(shares[0] + shares[1]) == list(range(len(found)))
+    assert [sorted(step) for step in zip(*shares, strict=True)] == [[i, i + 1] for i in range(0, len(found), 2)]

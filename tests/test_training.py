@@ -1,7 +1,6 @@
 """Training as a user runs it, on tiny real models: every kind of task is learned, and runs can be watched, stopped and resumed."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pipeline_multitask import MultiTaskPipeline
 from tests.conftest import ROOT, tiny_config, tiny_tokenizer
 from training import train
 from training.recipe import Recipe, RecipeError
-from training.trainer import COMPLETE, TrainingError, newest_checkpoint
+from training.trainer import COMPLETE, GradientSurgery, TrainingError, newest_checkpoint
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -81,7 +80,7 @@ class Workshop:
             for x in names
         ]
         model = f'[model]\nencoder = "{self.folder / "encoder"}"\nmax_length = 32\nembedding_dim = 8\nprefix_dims = [4]'
-        rest = "[optimizer]\nlearning_rate = 5e-3\nhead_learning_rate = 2e-2\nweight_decay = 0.0\n[run]\nseed = 3\ncalibrate = false"
+        rest = "[optimizer]\nlearning_rate = 5e-3\nhead_learning_rate = 2e-2\nweight_decay = 0.1\n[run]\nseed = 3\ncalibrate = false"
         path = self.folder / f"{'-'.join(names)}.toml"
         path.write_text("\n".join([model, *tasks, rest]))
         return path
@@ -190,6 +189,35 @@ def test_what_is_frozen_is_bit_identical_after_training(workshop, part):
 def test_a_probe_leaves_the_encoder_alone_until_it_is_over(workshop):
     model, _ = workshop.train("mood", settings=("freezing.probe_ratio=0.99", "tasks.mood.epochs=1"))
     assert same(workshop.start, model.encoder), "two steps, of which the probe takes both"
+    model, _ = workshop.train("mood", settings=("freezing.probe_ratio=0.5", "tasks.mood.epochs=1"))
+    assert not same(workshop.start, model.encoder)
+
+
+def test_lower_layers_train_later_and_less_of_them_the_shorter_the_run(workshop):
+    model, _ = workshop.train("mood", settings=("freezing.gradual=true", "tasks.mood.epochs=0.5"))
+    layers = zip(workshop.start.encoder.layer, model.encoder.encoder.layer, strict=True)
+    assert [same(before, after) for before, after in layers] == [True, False], "a single step: the top layer's"
+
+
+def test_what_no_task_reads_stays_even_with_decay_and_surgery(workshop):
+    settings = ("losses.weighting=pcgrad", "sampling.tasks_per_step=2", "optimizer.weight_decay=0.5")
+    model, _ = workshop.train("mood", "topics", settings=settings)
+    assert torch.equal(model.encoder.pooler.dense.weight, workshop.start.pooler.dense.weight)
+
+
+def test_surgery_joins_gradients_as_the_papers_say():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    for method, first, second, expected in (
+        ("pcgrad", [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]),  # at right angles: the sum
+        ("upgrad", [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]),
+        ("pcgrad", [1.0, 0.0], [-1.0, 1.0], [0.5, 1.5]),  # in conflict: each without what hurts the other
+    ):
+        surgery = GradientSurgery(method, [parameter])
+        for task, gradient in (("a", first), ("b", second)):
+            parameter.grad = torch.tensor(gradient)
+            surgery.collect(task)
+        surgery.combine()
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected), atol=1e-4, rtol=0)
 
 
 def test_missing_labels_are_skipped(workshop):
@@ -233,12 +261,69 @@ def test_the_best_checkpoint_is_kept_and_a_hopeless_run_stops_early(workshop):
     assert len(averages) == 2, "the second evaluation is no better than the first, so the run ends there"
 
 
+@pytest.mark.parametrize("adapters", [0, 2])
+def test_the_best_checkpoint_becomes_the_final_model(workshop, monkeypatch, adapters):
+    averages, seen = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5]), []
+
+    def scripted(model, *_):
+        seen.append(next(averages))
+        if seen[-1] == 0.9:
+            workshop.best = model.heads["mood"].classifier.weight.clone()
+        return {"average": seen[-1]}
+
+    monkeypatch.setattr(train, "validate", scripted)
+    settings = ("run.evaluations=4", f"freezing.lora_rank={adapters}")
+    model, output = workshop.train("mood", settings=settings)
+    assert len(seen) == 6, "the rehearsal, four evaluations and the final one"
+    assert torch.equal(model.heads["mood"].classifier.weight, workshop.best)
+    assert torch.equal(MultiTaskModel.from_pretrained(output / "final").heads["mood"].classifier.weight, workshop.best)
+
+
+def test_patience_goes_on_counting_after_a_resume(workshop):
+    settings = ("run.evaluations=8", "run.patience=2", "optimizer.learning_rate=0", "optimizer.head_learning_rate=0")
+    _, output = workshop.train("mood", settings=settings)
+    whole = newest_checkpoint(output).name
+    (newest_checkpoint(output) / COMPLETE).unlink()  # killed while it wrote the last one
+    (output / "metrics.json").unlink()
+    workshop.train("mood", settings=settings, output=output, resume=True)
+    assert newest_checkpoint(output).name == whole
+
+
+def test_a_data_set_without_a_validation_split_trains_unmeasured(workshop):
+    (workshop.folder / "mood/validation.parquet").unlink()
+    _, output = workshop.train("mood", settings=("run.calibrate=true",))
+    assert set(json.loads((output / "metrics.json").read_text())) == {"seconds", "steps"}
+    with pytest.raises(RecipeError, match="run.evaluations is 2, and no task's data set has a validation split"):
+        workshop.train("mood", settings=("run.evaluations=2",))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("tasks.mood.metric=f2", "tasks.mood.metric is 'f2'; allowed: macro_recall"),
+        ("model.max_length=99", "model.max_length is 99; this encoder takes 32 tokens"),
+    ],
+)
+def test_what_would_fail_late_fails_before_training(workshop, setting, message):
+    with pytest.raises(ValueError, match=message):
+        workshop.train("mood", settings=(setting,))
+    assert not (workshop.folder / "run1/recipe.json").exists(), "the folder can be used again"
+
+
 def test_another_run_in_the_same_folder_is_refused(workshop):
     _, output = workshop.train("mood")
     with pytest.raises(RecipeError, match="holds a run already; continue it with --resume"):
         workshop.train("mood", output=output)
     with pytest.raises(RecipeError, match=r"another recipe; these settings differ: optimizer.learning_rate, run.seed$"):
         workshop.train("mood", output=output, resume=True, settings=("run.seed=4", "optimizer.learning_rate=1"))
+    with pytest.raises(RecipeError, match="holds this run, and it is finished"):
+        workshop.train("mood", output=output, resume=True)
+    with pytest.raises(RecipeError, match="holds no run that could be resumed"):
+        workshop.train("mood", output=workshop.folder / "nowhere", resume=True)
+    (output / "metrics.json").unlink()
+    split("mood").select(range(7)).to_parquet(workshop.folder / "mood/train.parquet")
+    with pytest.raises(RecipeError, match="was started on other data: the train split of mood has changed"):
+        workshop.train("mood", output=output, resume=True)
 
 
 def test_the_command_reports_problems_in_one_line_each(workshop, monkeypatch, capsys):
@@ -259,7 +344,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(workshop):
     settings = ("run.save_steps=5", "losses.weighting=uncertainty", "losses.preserve_weight=1")
     whole, output = workshop.train("mood", "ner", "pairs", settings=settings)
     last = newest_checkpoint(output)
-    shutil.rmtree(output / "final")
+    (output / "metrics.json").unlink()
     (last / COMPLETE).unlink()  # as if the run had been killed while it wrote its last checkpoint
     (last / "model.safetensors").write_bytes(b"cut short")
     resumed, _ = workshop.train("mood", "ner", "pairs", settings=settings, output=output, resume=True)

@@ -382,6 +382,7 @@ def describe(name: str, task: TaskRecipe, spec: TaskSpec) -> dict[str, Any]:
         spec: Its head.
     """
     dataset, _, subset = task.dataset.partition(":")
+    dataset = dataset.partition("@")[0]  # a revision is no part of its name
     key = main_metric(task)
     kind, title = METRIC_NAMES.get(key, (key, key))
     if key == "f1":

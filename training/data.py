@@ -1,6 +1,8 @@
 """Training data: data sets from the Hub or from folders, turned into tokenized examples, and examples into batches."""
 
+import math
 from collections.abc import Iterable
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ from pipeline_multitask import Window, find_words, word_starts
 from training.recipe import SCORED_PAIRS, TaskRecipe
 
 Example = dict[str, Any]
+
+
+class DataError(ValueError):
+    """A data set does not hold what the recipe says; the message names it, and split, row and column."""
+
+
 FILE_FORMATS = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -31,56 +39,68 @@ def load_split(name_or_path: str, split: str, columns: Iterable[str]) -> Dataset
     """Returns one split of a data set on the Hub, in a local folder or in a local file.
 
     Args:
-        name_or_path: A Hub id ("eriktks/conll2003", or "cardiffnlp/tweet_eval:sentiment" with a subset), a folder, or a
-            csv, jsonl or parquet file, which is a data set with the split "train" alone.
+        name_or_path: A Hub id, with the subset after a colon and the revision after an @ ("cardiffnlp/tweet_eval:sentiment",
+            "eriktks/conll2003@refs/convert/parquet"), a folder, or a csv, jsonl or parquet file, which is a data set with
+            the split "train" alone.
         split: The data set's own name of the split.
         columns: The columns that will be read.
 
     Raises:
-        ValueError: The split or a column is missing, or the split is empty.
+        DataError: The split or a column is missing, or the split is empty.
     """
     known = split_names(name_or_path)
     if split not in known:
-        raise ValueError(
+        raise DataError(
             f"{name_or_path}: no split {split!r}; it has {', '.join(known)}. Name the data set's own in the task's `splits`."
         )
-    name, _, subset = name_or_path.partition(":")
-    file_format = FILE_FORMATS.get(Path(name).suffix)
-    source = {"path": file_format, "data_files": {"train": name}} if file_format else {"path": name, "name": subset or None}
+    name, file_format = name_or_path, FILE_FORMATS.get(Path(name_or_path).suffix)
+    source = {"path": file_format, "data_files": {"train": name}} if file_format else hub_source(name)
     try:
         data = load_dataset(**source, split=split)
     except (ValueError, DatasetGenerationError) as error:  # of no rows, `datasets` makes an error too
-        raise ValueError(f"{name_or_path}, split {split}: no rows, or none that can be read ({error}).") from error
+        raise DataError(f"{name_or_path}, split {split}: no rows, or none that can be read ({error}).") from error
     if missing := [column for column in columns if column not in data.column_names]:
-        raise ValueError(f"{name_or_path}, split {split}: no column {missing}; it has {data.column_names}.")
+        raise DataError(f"{name_or_path}, split {split}: no column {missing}; it has {data.column_names}.")
     return data
 
 
+@cache
 def split_names(name_or_path: str) -> list[str]:
     """Returns a data set's own names of its splits.
 
     Raises:
-        ValueError: There is no such data set.
+        DataError: There is no such data set.
     """
-    name, _, subset = name_or_path.partition(":")
-    if Path(name).suffix in FILE_FORMATS and Path(name).is_file():
+    if Path(name_or_path).suffix in FILE_FORMATS and Path(name_or_path).is_file():
         return ["train"]
+    source = hub_source(name_or_path)
     try:
-        return get_dataset_split_names(name, subset or None)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name_or_path} is no data set that can be read: {error}") from error
+        return get_dataset_split_names(source["path"], source.get("name"), revision=source.get("revision"))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
+        raise DataError(f"{name_or_path} is no data set that can be read: {error}") from error
+
+
+def hub_source(name_or_path: str) -> dict[str, str]:
+    """Returns `load_dataset`'s arguments for "name", "name:subset", "name@revision" or "name@revision:subset"; a folder is
+    itself.
+    """
+    if Path(name_or_path).exists():
+        return {"path": name_or_path}
+    name, _, subset = name_or_path.partition(":")
+    name, _, revision = name.partition("@")
+    return {"path": name, **({"name": subset} if subset else {}), **({"revision": revision} if revision else {})}
 
 
 def class_names(data: Dataset, column: str) -> list[str]:
     """Returns the label names that the data set declares for a `ClassLabel` column (or a list of them).
 
     Raises:
-        ValueError: The column declares none.
+        DataError: The column declares none.
     """
     feature = data.features[column]
     names = getattr(getattr(feature, "feature", feature), "names", None)
     if not names:
-        raise ValueError(
+        raise DataError(
             f"column {column!r} declares no label names; its type is {feature}. Give the task's `labels` in the recipe."
         )
     return list(names)
@@ -99,7 +119,7 @@ def label_id(value: object, labels: list[str], where: str) -> int:
     """Returns the number of a label given by number or by name; -100 for a missing one (None).
 
     Raises:
-        ValueError: There is no such label; the message starts with `where`.
+        DataError: There is no such label; the message starts with `where`.
     """
     if value is None:
         return IGNORE_INDEX
@@ -107,7 +127,7 @@ def label_id(value: object, labels: list[str], where: str) -> int:
         return labels.index(value)
     if type(value) is int and 0 <= value < len(labels):
         return value
-    raise ValueError(f"{where}: label {value!r} is none of 0 … {len(labels) - 1} ({', '.join(labels)}).")
+    raise DataError(f"{where}: label {value!r} is none of 0 … {len(labels) - 1} ({', '.join(labels)}).")
 
 
 def align_tags(text: str, encoding: Any, spans: list[tuple[int, int]], tags: list[str]) -> list[str | None]:
@@ -153,7 +173,7 @@ def make_examples(
         where: Names data set and split in errors.
 
     Raises:
-        ValueError: A row does not hold what it should; the message names it and the column.
+        DataError: A row does not hold what it should; the message names it and the column.
     """
     if task.kind == TOKEN:
         return _token_examples(task, data, labels, tokenizer, where)
@@ -176,7 +196,7 @@ def _texts(data: Dataset, column: str, where: str) -> list[str]:
     texts = list(data[column])
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{where}, row {row}, column {column}: {text!r:.50} is no text.")
+            raise DataError(f"{where}, row {row}, column {column}: {text!r:.50} is no text.")
     return texts
 
 
@@ -184,8 +204,8 @@ def _label(task: TaskRecipe, value: Any, labels: list[str], where: str) -> Any:
     """Returns one row's label as the task's loss wants it; -100 where it is missing."""
     problem = task.head.get("problem_type")
     if not task.has_head:
-        if not isinstance(value, int | float):
-            raise ValueError(f"{where}: score {value!r} is no number.")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"{where}: score {value!r} is no number.")
         return float(value)
     if problem is None or problem == "single_label_classification":
         return label_id(value, labels, where)
@@ -196,13 +216,13 @@ def _label(task: TaskRecipe, value: Any, labels: list[str], where: str) -> Any:
         return [float(i in present) for i in range(len(labels))]
     numbers = _list(value, where) if isinstance(value, list) else [value]
     if len(numbers) != len(labels) or not all(isinstance(x, int | float) for x in numbers):
-        raise ValueError(f"{where}: {value!r} is not {len(labels)} number(s), one for each of: {', '.join(labels)}.")
+        raise DataError(f"{where}: {value!r} is not {len(labels)} number(s), one for each of: {', '.join(labels)}.")
     return [float(x) for x in numbers]
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {value!r} is no list of labels.")
+        raise DataError(f"{where}: {value!r} is no list of labels.")
     return value
 
 
@@ -221,8 +241,10 @@ def _tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
     column = str(task.label_column)
     rows = []
     for row, (tokens, tags) in enumerate(zip(data[task.text_columns[0]], data[column], strict=True)):
+        if not isinstance(tokens, list) or not isinstance(tags, list) or not all(isinstance(x, str) for x in tokens):
+            raise DataError(f"{where}, row {row}: {tokens!r:.50} are no list of words, or {tags!r:.50} no list of tags.")
         if len(tokens) != len(tags):
-            raise ValueError(f"{where}, row {row}: {len(tokens)} {task.text_columns[0]} but {len(tags)} {column}.")
+            raise DataError(f"{where}, row {row}: {len(tokens)} {task.text_columns[0]} but {len(tags)} {column}.")
         ids = [label_id(tag, labels, f"{where}, row {row}, column {column}, token {i}") for i, tag in enumerate(tags)]
         rows.append((list(tokens), [None if x == IGNORE_INDEX else labels[x] for x in ids]))
     return rows
@@ -236,7 +258,8 @@ def _token_example(
     window = Window(0, encoding.ids)
     find_words(window, text, encoding, True, True)
     aligned = align_tags(text, encoding, token_spans(tokens), [tag or "" for tag in tags])
-    ids = [labels.index(tag) if tag else IGNORE_INDEX for tag in aligned]
+    # A scheme without `I-` labels has none for the further words of a token.
+    ids = [labels.index(tag) if tag in labels else IGNORE_INDEX for tag in aligned]
     return {"input_ids": encoding.ids, "labels": ids, "text": text, "casing_ids": window.casings}
 
 

@@ -26,7 +26,8 @@ def depth(model: MultiTaskModel, name: str) -> int | None:
     found = _LAYER.search(name)
     if found:
         return int(found[1]) + 1
-    return 0 if "embeddings" in name else model.config.num_hidden_layers
+    is_embedding = "embed" in name or model.get_parameter(name) is model.get_input_embeddings().weight
+    return 0 if is_embedding else model.config.num_hidden_layers
 
 
 def is_frozen(model: MultiTaskModel, name: str, recipe: FreezingRecipe) -> bool:
@@ -93,7 +94,19 @@ def new_optimizer(model: MultiTaskModel, recipe: OptimizerRecipe, others: nn.Mod
 
 
 def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> None:
-    """Marks what never trains, and puts the adapters in if the recipe asks for them."""
+    """Marks what never trains, and puts the adapters in if the recipe asks for them.
+
+    Raises:
+        RecipeError: It goes by layers, and this encoder has not so many, or names them in a way not known here.
+    """
+    layers = model.config.num_hidden_layers
+    if recipe.first_layers or recipe.gradual:
+        heights = {depth(model, name) for name, _ in model.named_parameters()}
+        if recipe.first_layers >= layers or not heights.issuperset(range(layers + 1)):
+            raise RecipeError(
+                f"freezing.first_layers is {recipe.first_layers} and freezing.gradual {recipe.gradual}; this encoder has "
+                f"{layers} layers, of which {sorted(x for x in heights if x)} were found by name. Leave out less"
+            )
     for name, parameter in model.named_parameters():
         if is_frozen(model, name, recipe):
             parameter.requires_grad_(False)
@@ -124,8 +137,10 @@ class UnfreezeOnSchedule(TrainerCallback):
         self.model, self.recipe = model, recipe
         self.trained = [name for name, x in model.named_parameters() if x.requires_grad]
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parameters = dict(self.model.named_parameters())
-        for name in self.trained:
-            start = first_step(self.model, name, self.recipe, state.max_steps)
-            parameters[name].requires_grad_(state.global_step >= start)
+        self.starts = [(parameters[x], first_step(self.model, x, self.recipe, state.max_steps)) for x in self.trained]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter, start in self.starts:
+            parameter.requires_grad_(state.global_step >= start)

@@ -34,7 +34,8 @@ def class_weights(counts: Tensor, method: str) -> Tensor | None:
     counts = counts.float()
     seen = counts.clamp(min=1)
     amount = seen if method == "inverse_frequency" else (1 - EFFECTIVE_NUMBER_BETA**seen) / (1 - EFFECTIVE_NUMBER_BETA)
-    return counts.sum() / (counts / amount).sum() / amount
+    weights = counts.sum() / (counts / amount).sum().clamp(min=1e-9) / amount
+    return torch.where(counts > 0, weights, 1.0)  # what was never seen has no frequency to weigh by
 
 
 def label_counts(spec: TaskSpec, labels: list[Any]) -> Tensor:
@@ -70,7 +71,8 @@ def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: Ta
             logits.flatten(0, -2), classes.flatten(), weights, reduction="none", label_smoothing=task.label_smoothing
         ).view_as(classes)
         certainty = logits.softmax(dim=-1).gather(-1, classes.unsqueeze(-1)).squeeze(-1)
-    losses = losses * (1 - certainty) ** task.focal_gamma
+    if task.focal_gamma:  # at a certainty of 1 the slope of a root would be infinite
+        losses = losses * (1 - certainty).clamp(min=1e-6) ** task.focal_gamma
     return losses.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tomllib
 import types
 import typing
@@ -111,13 +112,13 @@ class SamplingRecipe:
             the task's batches, their number to the power of 1/"temperature", "uniform", in turn ("round_robin"), or
             "annealed" from proportional to nearly uniform (Stickland and Murray 2019).
         temperature: Of the mode "temperature", at least 1; 1 is proportional.
-        steps: Batches of the whole run; left out: as many as mode "epochs" has. Not for mode "epochs".
+        batches: Batches of the whole run; left out: as many as mode "epochs" has. Not for mode "epochs".
         tasks_per_step: Batches, of whichever tasks come next, whose losses make one optimizer step.
     """
 
     mode: str = "epochs"
     temperature: float = 2.0
-    steps: int | None = None
+    batches: int | None = None
     tasks_per_step: int = 1
 
 
@@ -182,7 +183,7 @@ class OptimizerRecipe:
         weight_decay: Of matrices; biases and norms do not decay.
         warmup_ratio: Share of the run in which rates rise from zero.
         schedule: "linear", "cosine" or "constant" after that.
-        max_grad_norm: Gradients are scaled down to this norm.
+        max_grad_norm: Gradients are scaled down to this norm; 0: never.
         groups: Rates of parameters by name; the first pattern that matches wins, before all rules above.
     """
 
@@ -254,8 +255,8 @@ class Recipe:
             raise RecipeError(f"{path} cannot be read: {error}") from error
         for setting in overrides:
             _override(fields, setting)
-        if encoder:
-            _override(fields, f"model.encoder={encoder!r}")
+        if encoder and isinstance(fields.setdefault("model", {}), dict):
+            fields["model"]["encoder"] = encoder
         return cls.build(fields, str(path), data)
 
     @classmethod
@@ -349,7 +350,7 @@ _RANGES = {
     "model.max_length": (3, None),
     "model.encoder_dropout": (0, 0.99),
     "sampling.temperature": (1, None),
-    "sampling.steps": (1, None),
+    "sampling.batches": (1, None),
     "sampling.tasks_per_step": (1, None),
     "losses.preserve_weight": (0, None),
     "freezing.first_layers": (0, None),
@@ -361,6 +362,7 @@ _RANGES = {
     "optimizer.weight_decay": (0, None),
     "optimizer.warmup_ratio": (0, 0.99),
     "optimizer.max_grad_norm": (0, None),
+    "run.seed": (0, 2**32 - 1),
     "run.evaluations": (0, None),
     "run.validation_rows": (1, None),
     "run.patience": (1, None),
@@ -388,6 +390,8 @@ def _check_values(recipe: Recipe, data: Path | None) -> list[str]:
         problems += _range(path, getattr(getattr(recipe, section), key), *limits)
     for name, task in recipe.tasks.items():
         problems += [f"tasks.{name}.{problem}" for problem in _task_problems(task, data)]
+        if name in ("loss", "drift"):
+            problems.append(f"tasks has the task name {name!r}, under which training reports something else")
         try:
             check_task_name(name)
         except ValueError as error:
@@ -448,8 +452,8 @@ def _head_problems(task: TaskRecipe) -> list[str]:
 def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
     sampling, freezing = recipe.sampling, recipe.freezing
-    if sampling.mode == "epochs" and sampling.steps is not None:
-        problems.append(f"sampling.steps is {sampling.steps}; mode 'epochs' counts by the tasks' epochs")
+    if sampling.mode == "epochs" and sampling.batches is not None:
+        problems.append(f"sampling.batches is {sampling.batches}; mode 'epochs' counts by the tasks' epochs")
     if recipe.losses.weighting in GRADIENT_SURGERY and sampling.tasks_per_step < 2:
         problems.append(f"losses.weighting is {recipe.losses.weighting!r}; it needs sampling.tasks_per_step of at least 2")
     if recipe.run.patience is not None and not recipe.run.evaluations:
@@ -458,6 +462,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("freezing.freeze is 'encoder'; then lora_rank, gradual and first_layers have nothing to act on")
     if freezing.lora_rank and (freezing.gradual or freezing.first_layers):
         problems.append("freezing.lora_rank trains adapters alone; it goes with neither gradual nor first_layers")
+    for i, group in enumerate(recipe.optimizer.groups):
+        problems += _range(f"optimizer.groups[{i}].learning_rate", group.learning_rate, 0, None)
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            problems.append(f"optimizer.groups[{i}].pattern is {group.pattern!r}, no regular expression: {error}")
     wide = recipe.model.embedding_dim
     problems += [
         f"model.prefix_dims holds {dim}; a prefix of the embedding has from 1 to {wide} numbers"

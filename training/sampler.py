@@ -60,7 +60,7 @@ def task_order(counts: dict[str, int], once: dict[str, int], sampling: SamplingR
         rng: Draws.
     """
     names = list(counts)
-    total = sampling.steps or sum(counts.values())
+    total = sampling.batches or sum(counts.values())
     total = ceil(total / sampling.tasks_per_step) * sampling.tasks_per_step
     if sampling.mode == "epochs":
         order = [name for name in names for _ in range(counts[name])]

@@ -37,14 +37,14 @@ from evaluation.evaluate import NEIGHBOURS, average, drift, embed, fingerprint, 
 from evaluation.plots import learning_curves
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-from training.data import Example, cut_texts, encode, load_task_split, make_examples, task_labels, text_ids
+from training.data import DataError, Example, cut_texts, encode, load_task_split, make_examples, task_labels, text_ids
 from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_optimizer
 from training.objectives import Objective, class_weights, label_counts
 from training.recipe import GRADIENT_SURGERY, Recipe, RecipeError
 from training.sampler import BatchPlan
 from training.trainer import COMPLETE, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
 
-REHEARSED_ROWS = 8  # of each validation split
+REHEARSED_ROWS = 100  # of each validation split
 DRIFT_TEXTS = 1000
 PROJECTION_TEXTS = 10_000  # so many texts are enough to find the principal axes of their vectors
 
@@ -96,6 +96,15 @@ def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskMo
         if isinstance(module, torch.nn.Dropout) and recipe.model.encoder_dropout is not None:
             module.p = recipe.model.encoder_dropout  # not in the configuration: it is a matter of this run
     return model, encoder.eval()
+
+
+def check_model(model: MultiTaskModel, recipe: Recipe) -> None:
+    """Raises a RecipeError if the recipe asks of the encoder what it does not have."""
+    if model.max_length is not None and recipe.model.max_length > model.max_length:
+        raise RecipeError(f"model.max_length is {recipe.model.max_length}; this encoder takes {model.max_length} tokens")
+    width = recipe.model.embedding_dim or model.config.hidden_size
+    if too_long := [dim for dim in recipe.model.prefix_dims if dim > width]:
+        raise RecipeError(f"model.prefix_dims holds {too_long}; the embedding has {width} numbers")
 
 
 def principal_components(vectors: Tensor, count: int) -> Tensor:
@@ -157,23 +166,29 @@ def new_objective(recipe: Recipe, model: MultiTaskModel, data: dict[str, TaskDat
 
 
 def rehearse(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Measures the untrained model on a few rows: what is wrong with measuring is known before the work starts.
+    """Reads the validation splits and measures the untrained model on a part of them.
+
+    So what is wrong with them, or with measuring, is known before the work starts.
 
     Raises:
-        RecipeError: The encoder cannot read so many tokens.
+        RecipeError: The run is to be evaluated, and there is nothing to do it on.
         ValueError: A validation split or a metric is not what the recipe says.
     """
-    if model.max_length is not None and recipe.model.max_length > model.max_length:
-        raise RecipeError(f"model.max_length is {recipe.model.max_length}; this encoder takes {model.max_length} tokens")
+    for name, task in recipe.tasks.items():
+        if has_split(task, "validation"):
+            data = load_task_split(task, "validation")
+            labels = task_labels(task, data) if task.has_head else []
+            make_examples(task, data, labels, tokenizer, f"tasks.{name} ({task.dataset}, validation split)")
     short = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, validation_rows=REHEARSED_ROWS))
-    validate(model, tokenizer, short)
+    if "average" not in validate(model, tokenizer, short) and recipe.run.evaluations:
+        raise RecipeError(f"run.evaluations is {recipe.run.evaluations}, and no task's data set has a validation split")
 
 
 def validate(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, float]:
     """Returns what the validation splits give.
 
-    That is every metric as "<task>_<metric>", the "average" of the tasks' main ones, and how near the embedding is to the
-    starting encoder's: "cosine_raw" and "neighbours_at_10", see `evaluation.evaluate.drift`.
+    That is every metric as "<task>_<metric>", the "average" of the tasks' main ones if there are any, and how near the
+    embedding is to the starting encoder's: "cosine_raw" and "neighbours_at_10", see `evaluation.evaluate.drift`.
     """
     pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)
     found = measure(pipe, recipe, "validation", limit=recipe.run.validation_rows)
@@ -181,7 +196,7 @@ def validate(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: 
     texts = validation_texts(recipe)
     if len(texts) > NEIGHBOURS:
         metrics.update(drift(texts, embed(pipe, texts, [], recipe.model.encoder), intervals=False)[0])
-    return {**metrics, "average": average(found, recipe)}
+    return {**metrics, "average": average(found, recipe)} if found else metrics
 
 
 def validation_texts(recipe: Recipe) -> list[str]:
@@ -194,6 +209,12 @@ def validation_texts(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(" ".join(x) if isinstance(x, list) else x for x in texts))
 
 
+def the_one(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the only item of a list: an item of a `BatchPlan` is a whole batch."""
+    (item,) = items
+    return item
+
+
 def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[MultiTaskTrainer, dict[str, Any]]:
     """Returns a trainer that is ready to run, and what to note of its data sets.
 
@@ -204,6 +225,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
     data = {name: load_task(recipe, name, tokenizer) for name in recipe.tasks}
     set_seed(recipe.run.seed)
     model, encoder = new_model(recipe, {name: x.labels for name, x in data.items()})
+    check_model(model, recipe)
     batches = BatchPlan(
         recipe.tasks,
         {name: x.examples for name, x in data.items()},
@@ -228,7 +250,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         args=args,
         train_dataset=batches,
         eval_dataset=batches if recipe.run.evaluations else None,  # asked for by the Trainer; the evaluator reads its own
-        data_collator=lambda items: items[0],
+        data_collator=the_one,
         processing_class=tokenizer,
         optimizers=(new_optimizer(model, recipe.optimizer, objective.loss_weights), None),
         callbacks=callbacks,
@@ -242,22 +264,35 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
 def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
     """Returns the checkpoint to continue from, after making sure that the folder holds this run or none.
 
+    Checkpoints that were cut short while they were written are removed.
+
     Raises:
-        RecipeError: There is a run already, and it is not to be resumed or is another one.
+        RecipeError: There is a run already, and it is not to be resumed, is another one or is finished; or there is none.
     """
     path = output / "recipe.json"
     if not path.exists():
+        if resume:
+            raise RecipeError(f"{output} holds no run that could be resumed; leave --resume out, or mend --output")
         return None
     if not resume:
         raise RecipeError(f"{output} holds a run already; continue it with --resume, or give another --output")
     if changed := _flat(as_json(recipe)) ^ _flat(json.loads(path.read_text("utf-8"))):
         keys = sorted({key for key, _ in changed})
         raise RecipeError(f"{output} holds the run of another recipe; these settings differ: {', '.join(keys)}")
+    if (output / "metrics.json").exists():
+        raise RecipeError(f"{output} holds this run, and it is finished; there is nothing to resume")
     for folder in output.glob("checkpoint-*"):
         if not (folder / COMPLETE).exists():
             print(f"{folder} was cut short while it was written, and is removed.")
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be quicker
     return newest_checkpoint(output)
+
+
+def check_same_data(output: Path, facts: dict[str, Any]) -> None:
+    """Raises a RecipeError if the run in a folder was started on other data than these."""
+    before = json.loads((output / "run.json").read_text("utf-8"))["data"]
+    if changed := [name for name, x in facts.items() if before.get(name) != x]:
+        raise RecipeError(f"{output} was started on other data: the train split of {', '.join(changed)} has changed since")
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
@@ -297,8 +332,14 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
     """
     checkpoint = check_folder(output, recipe, resume)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
+    if tokenizer.pad_token_id is None:
+        raise RecipeError(
+            f"the tokenizer of {recipe.model.encoder} has no padding token; set its pad_token and save it anew"
+        )
     trainer, facts = new_trainer(recipe, output, tokenizer)
     rehearse(trainer.model, tokenizer, recipe)
+    if checkpoint is not None:
+        check_same_data(output, facts)
     if trainer.is_world_process_zero():
         write_json(output / "recipe.json", as_json(recipe))
         write_json(output / "run.json", {"command": sys.argv, **sizes(trainer.model), "data": facts, **surroundings()})
@@ -323,18 +364,22 @@ def finish(
     trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase, seconds: float
 ) -> None:
     """Merges adapters, fits temperatures, and writes the trained model, its metrics and the run's history."""
-    model = trainer.model
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # measured as it will be used
     merge_adapters(model)
+    tokenizer.save_pretrained(output / "final")
+    model.save_pretrained(output / "final")
     if recipe.run.calibrate:
         calibrate(model, tokenizer, recipe)
-    model.save_pretrained(output / "final")
-    tokenizer.save_pretrained(output / "final")
+        model.save_pretrained(output / "final")
     history = trainer.state.log_history
     write_json(output / "history.json", history)
     learning_curves(history, output / "curves.png")
     metrics = validate(model, tokenizer, recipe)
     write_json(output / "metrics.json", {"seconds": round(seconds), "steps": trainer.state.global_step, **metrics})
-    print(f"{output}/final holds the trained model; average of the validation splits {metrics['average']:.4f}")
+    measured = (
+        f"average of the validation splits {metrics['average']:.4f}" if "average" in metrics else "nothing to validate on"
+    )
+    print(f"{output}/final holds the trained model; {measured}")
 
 
 def main() -> None:
@@ -354,7 +399,7 @@ def main() -> None:
     try:
         recipe = Recipe.read(args.recipe, args.data, args.encoder, args.set)
         train(recipe.only(*args.only) if args.only else recipe, args.output, args.resume)
-    except (RecipeError, TrainingError, ValueError) as error:
+    except (RecipeError, DataError, TrainingError, OSError) as error:
         sys.exit(str(error))
 
 

@@ -3,17 +3,22 @@
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from training.objectives import Objective
 from training.recipe import Recipe, RecipeError
 
+KEPT = 2  # checkpoints, besides the best one
 COMPLETE = "complete"  # the last file of a checkpoint: without it, the writing was cut short
 LOSS_WEIGHTS = "loss_weights.safetensors"
 
@@ -34,17 +39,22 @@ class GradientSurgery:
     def __init__(self, method: str, shared: list[nn.Parameter]) -> None:
         try:
             from torchjd.aggregation import PCGrad, UPGrad
+
+            self.new_aggregator = {
+                "pcgrad": lambda count: PCGrad(),
+                "upgrad": lambda count: UPGrad(pref_vector=torch.ones(count)),  # of the sum, as all the others
+            }[method]
+            self.new_aggregator(1)  # some aggregators need more packages, and say so when they are made
         except ImportError as error:
-            raise RecipeError(f"losses.weighting is {method!r}; it needs torchjd: pip install torchjd") from error
-        self.new_aggregator = {
-            "pcgrad": lambda count: PCGrad(),
-            "upgrad": lambda count: UPGrad(pref_vector=torch.ones(count)),  # of the sum, as all the others
-        }[method]
+            needed = "pip install 'torchjd[quadprog-projector]'"
+            raise RecipeError(f"losses.weighting is {method!r}; it needs torchjd: {needed}") from error
         self.shared = shared
         self.gradients: dict[str, Tensor] = {}
+        self.touched: set[int] = set()
 
     def collect(self, task: str) -> None:
         """Takes the shared parameters' gradients away and adds them to the task's."""
+        self.touched |= {i for i, x in enumerate(self.shared) if x.grad is not None}
         parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.shared]
         gradient = torch.cat([x.flatten() for x in parts])
         self.gradients[task] = self.gradients[task] + gradient if task in self.gradients else gradient
@@ -56,10 +66,10 @@ class GradientSurgery:
         matrix = torch.stack(list(self.gradients.values()))  # [tasks, parameters]
         joined = self.new_aggregator(len(matrix)).to(matrix.device)(matrix)
         sizes = [x.numel() for x in self.shared]
-        for parameter, part in zip(self.shared, joined.split(sizes), strict=True):
-            if parameter.requires_grad:  # the optimizer would decay what has a gradient of zero
+        for i, (parameter, part) in enumerate(zip(self.shared, joined.split(sizes), strict=True)):
+            if i in self.touched:  # the optimizer would decay what has a gradient of zero
                 parameter.grad = part.view_as(parameter)
-        self.gradients = {}
+        self.gradients, self.touched = {}, set()
 
 
 class TaskProgress(ProgressCallback):
@@ -115,7 +125,8 @@ class MultiTaskTrainer(Trainer):
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value.item(), count + 1)
         if not torch.isfinite(losses["loss"]):
-            raise TrainingError(self._stopped(f"the loss of {inputs['task']!r} is {losses['loss'].item()}"))
+            reason = f"the loss of {inputs['task']!r} is {losses['loss'].item()}"
+            raise TrainingError(self._stopped(self.state.global_step + 1, reason))
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -129,6 +140,7 @@ class MultiTaskTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Returns the evaluator's metrics, as "eval_…"."""
+        self._check_weights()
         metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -137,15 +149,16 @@ class MultiTaskTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds each task's mean loss since the last report of losses."""
         if "loss" in logs:
-            logs = {**logs, **{f"loss_{name}": total / count for name, (total, count) in self.sums.items()}}
+            sums: dict[str, tuple[float, int]] = {}
+            for name, (total, count) in chain(*(x.items() for x in gather_object([self.sums]))):  # of all processes
+                sums[name] = (sums.get(name, (0.0, 0))[0] + total, sums.get(name, (0.0, 0))[1] + count)
+            logs = {**logs, **{f"loss_{name}": total / count for name, (total, count) in sums.items()}}
             self.sums = {}
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint, and last of all the mark that it is whole."""
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise TrainingError(self._stopped(f"the weights of {name} are no longer finite"))
+        self._check_weights()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
         if not self.args.should_save:
@@ -157,6 +170,17 @@ class MultiTaskTrainer(Trainer):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         (folder / COMPLETE).touch()
+        rotate_checkpoints(
+            output_dir=self.args.output_dir, save_total_limit=KEPT, best_model_checkpoint=self.state.best_model_checkpoint
+        )
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Finds the best checkpoint again where the run folder lies now."""
+        found = super()._init_training_state(*args, **kwargs)
+        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -164,11 +188,16 @@ class MultiTaskTrainer(Trainer):
         if path.exists():
             self.objective.loss_weights.load_state_dict(load_file(path))
 
-    def _stopped(self, reason: str) -> str:
+    def _check_weights(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise TrainingError(self._stopped(self.state.global_step, f"the weights of {name} are no longer finite"))
+
+    def _stopped(self, step: int, reason: str) -> str:
         found = newest_checkpoint(Path(self.args.output_dir))
         remains = f"the last good checkpoint is {found}" if found else "no checkpoint was written before"
         return (
-            f"Step {self.state.global_step + 1}: {reason}. Training stops; {remains}. Lower optimizer.learning_rate or "
+            f"Step {step}: {reason}. Training stops; {remains}. Lower optimizer.learning_rate or "
             "optimizer.head_learning_rate, or look for broken values in the data."
         )
 
@@ -196,8 +225,8 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         raise RecipeError(f"losses.weighting is {recipe.losses.weighting!r}; it works in one process only")
     if run.report_to != "none" and find_spec(run.report_to) is None:
         raise RecipeError(f"run.report_to is {run.report_to!r}, which is not installed: pip install {run.report_to}")
-    every = max(1, steps // run.evaluations) if run.evaluations else None
-    return TrainingArguments(
+    every = ceil(steps / run.evaluations) if run.evaluations else None
+    args = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=1,  # one item of the plan is a whole batch
         gradient_accumulation_steps=sampling.tasks_per_step // processes,
@@ -216,7 +245,8 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         eval_steps=every,
         save_strategy="steps",
         save_steps=every or run.save_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # old checkpoints go when the new one is whole, see _save_checkpoint
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
         load_best_model_at_end=every is not None,
         metric_for_best_model="average" if every else None,
         remove_unused_columns=False,
@@ -225,6 +255,8 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         report_to=run.report_to,
         disable_tqdm=False,
     )
+    args._n_gpu = min(1, args.n_gpu)  # several GPUs are torchrun's: DataParallel would take several batches for one
+    return args
 
 
 def run_schedule(recipe: Recipe) -> str:
