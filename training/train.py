@@ -175,10 +175,12 @@ def rehearse(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: 
         ValueError: A validation split or a metric is not what the recipe says.
     """
     for name, task in recipe.tasks.items():
-        if has_split(task, "validation"):
-            data = load_task_split(task, "validation")
-            labels = task_labels(task, data) if task.has_head else []
-            make_examples(task, data, labels, tokenizer, f"tasks.{name} ({task.dataset}, validation split)")
+        if not has_split(task, "validation"):
+            print(f"tasks.{name}: {task.dataset} has no validation split; it is not measured, and no part of the average.")
+            continue
+        data = load_task_split(task, "validation")
+        labels = task_labels(task, data) if task.has_head else []
+        make_examples(task, data, labels, tokenizer, f"tasks.{name} ({task.dataset}, validation split)")
     short = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, validation_rows=REHEARSED_ROWS))
     if "average" not in validate(model, tokenizer, short) and recipe.run.evaluations:
         raise RecipeError(f"run.evaluations is {recipe.run.evaluations}, and no task's data set has a validation split")
