@@ -153,15 +153,13 @@ def _texts(example: Example) -> list[str]:
 
 def new_objective(recipe: Recipe, model: MultiTaskModel, data: dict[str, TaskData]) -> Objective:
     """Returns the loss of the run's batches."""
-    weights = {}
-    for name, spec in model.config.task_specs.items():
-        counts = (
-            label_counts(spec, [x["labels"] for x in data[name].examples]) if spec.problem_type != "regression" else None
-        )
-        found = None if counts is None else class_weights(counts, recipe.tasks[name].class_weights)
-        if found is not None:
-            weights[name] = found
-    num_labels = {name: len(spec.labels) for name, spec in model.config.task_specs.items()}
+    specs = model.config.task_specs
+    weights = {
+        name: class_weights(label_counts(spec, [x["labels"] for x in data[name].examples]), recipe.tasks[name].class_weights)
+        for name, spec in specs.items()
+        if recipe.tasks[name].class_weights != "none"  # which recipes refuse for regression
+    }
+    num_labels = {name: len(spec.labels) for name, spec in specs.items()}
     return Objective(recipe.tasks, recipe.losses, weights, num_labels, recipe.model.prefix_dims)
 
 
