@@ -1,4 +1,4 @@
-.PHONY: install lint test smoke train single evaluate card check
+.PHONY: install lint test smoke train single evaluate onnx bench card check
 # A folder with local copies of the data sets; empty: they come from the Hub.
 DATA ?=
 # The starting encoder, a Hub id or a folder.
@@ -39,6 +39,13 @@ evaluate:
 		python -m evaluation.evaluate . --split $$split --reference $(ENCODER) $(NEIGHBOURS) $(FROM_DATA) \
 			--output results/release$$([ $$split = test ] || echo _$$split).json || exit 1; \
 	done
+
+# The exports for ONNX Runtime, and what they cost in quality.
+onnx:
+	python -m release.onnx . $(FROM_DATA)
+
+bench:
+	python -m benchmarks.run $(FROM_DATA)
 
 card:
 	python -m release.card

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import cached_file
 
 try:
     from .configuration_multitask import CASINGS
@@ -28,6 +29,9 @@ CHUNK_CHARACTERS = 1_000_000
 # Token budget of one batch. Small batches stay in a CPU's caches; a GPU wants to be filled.
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16384
+# Where `python -m release.onnx` writes the model, by the name of the backend that runs it.
+ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_quantized.onnx"}
+BACKENDS = ("torch", *ONNX_FILES)
 
 
 def text_problem(value: object) -> str | None:
@@ -202,6 +206,43 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+class OnnxModel:
+    """The exported form of a model, run by ONNX Runtime on the CPU.
+
+    Args:
+        model: The model whose repository holds the export.
+        backend: One of `ONNX_FILES`.
+
+    Raises:
+        ValueError: onnxruntime is not installed, or the repository holds no export.
+    """
+
+    def __init__(self, model: Any, backend: str) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ValueError(f"backend is {backend!r}; it needs onnxruntime: pip install onnxruntime") from error
+        source, file = model.name_or_path, ONNX_FILES[backend]
+        try:
+            path = cached_file(source, file, revision=getattr(model.config, "_commit_hash", None))
+        except OSError as error:
+            raise ValueError(
+                f"backend is {backend!r}; {source} holds no {file}. Write it with: python -m release.onnx {source}"
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # it warns of every input that may be left out
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.inputs = {node.name for node in self.session.get_inputs()}
+        self.inputs |= {node.name for node in self.session.get_overridable_initializers()}
+
+    def __call__(self, inputs: dict[str, np.ndarray], tasks: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Returns embeddings, float32 [B, E], and the logits of each task."""
+        given = {name: value for name, value in inputs.items() if name in self.inputs}
+        found = self.session.run(["sentence_embedding", *(f"logits.{name}" for name in tasks)], given)
+        return found[0], dict(zip(tasks, found[1:], strict=True))
+
+
 class MultiTaskPipeline(Pipeline):
     """Turns texts into records with a `MultiTaskModel`.
 
@@ -216,6 +257,13 @@ class MultiTaskPipeline(Pipeline):
     A text that is longer than the model's window is read in windows that overlap by a quarter. A word is judged in
     the window that shows most of its surroundings; class logits and embeddings are averages over the windows,
     weighted by their tokens.
+
+    Args:
+        backend: What runs the model: "torch", or an export that `python -m release.onnx` has written, as it is ("onnx") or
+            in 8-bit integers ("onnx-int8").
+
+    Attributes:
+        tokens_seen: How many tokens of text this pipeline has read.
     """
 
     _load_tokenizer = True
@@ -224,7 +272,9 @@ class MultiTaskPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, backend: str = "torch", **kwargs: Any) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}.")
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "heads") or hasattr(self.model, "task"):  # a head view has a `task`
             raise ValueError(
@@ -236,6 +286,8 @@ class MultiTaskPipeline(Pipeline):
         if self._batch_size is not None:
             raise ValueError(f"batch_size is {self._batch_size}, and has no meaning here; use batch_tokens.")
         self.model.eval()
+        self.tokens_seen = 0
+        self._run = self._run_torch if backend == "torch" else OnnxModel(self.model, backend)
 
     def _sanitize_parameters(
         self,
@@ -316,29 +368,26 @@ class MultiTaskPipeline(Pipeline):
                 find_words(windows[-1], texts[source], encoding, is_first, is_last)
         return windows
 
-    @torch.inference_mode()
     def _forward(self, windows: list[Window], tasks: list[str]) -> None:
         """Runs the model once over a batch of windows and stores in each what it says."""
-        width = max(len(window.input_ids) for window in windows)
-        ids = np.full((len(windows), width), self.tokenizer.pad_token_id or 0)
-        mask, casings = np.zeros((2, len(windows), width), dtype=np.int64)
-        for row, window in enumerate(windows):
-            ids[row, : len(window.input_ids)] = window.input_ids
-            mask[row, : len(window.input_ids)] = 1
-            casings[row, : len(window.casings)] = window.casings
-        inputs = {"input_ids": ids, "attention_mask": mask, "casing_ids": casings}
-        inputs = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        out = self.model(**{name: value.to(self.device) for name, value in inputs.items()}, tasks=tasks)
-        vectors = out.sentence_embedding
-        if vectors.dtype != torch.float32:
-            vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)  # exactly unit length again
-        embeddings = vectors.cpu().numpy()
-        logits = {name: value.float().cpu().numpy() for name, value in out.logits.items()}
+        inputs = pad_windows(windows, self.tokenizer.pad_token_id or 0)
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        embeddings, logits = self._run(inputs, tasks)
         for row, window in enumerate(windows):
             window.embedding = embeddings[row].copy()
             first_tokens = [token for token, _ in window.words]
             for name, values in logits.items():
                 window.logits[name] = values[row, first_tokens] if values.ndim == 3 else values[row].copy()
+
+    @torch.inference_mode()
+    def _run_torch(self, inputs: dict[str, np.ndarray], tasks: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Returns embeddings, float32 [B, E], and the logits of each task."""
+        tensors = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
+        out = self.model(**tensors, tasks=tasks)
+        vectors = out.sentence_embedding
+        if vectors.dtype != torch.float32:
+            vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)  # exactly unit length again
+        return vectors.cpu().numpy(), {name: value.float().cpu().numpy() for name, value in out.logits.items()}
 
     def postprocess(self, texts: list[str], windows: list[Window], tasks: list[str], embedding: bool) -> list[Record]:
         """Returns one record per text from its windows."""
@@ -402,6 +451,18 @@ def length_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Wi
         count = max(1, batch_tokens // len(ordered[start].input_ids))
         yield ordered[start : start + count]
         start += count
+
+
+def pad_windows(windows: list[Window], pad_token_id: int) -> dict[str, np.ndarray]:
+    """Returns the model's inputs for a batch of windows, int64 [B, T] each."""
+    width = max(len(window.input_ids) for window in windows)
+    ids = np.full((len(windows), width), pad_token_id, dtype=np.int64)
+    mask, casings = np.zeros((2, len(windows), width), dtype=np.int64)
+    for row, window in enumerate(windows):
+        ids[row, : len(window.input_ids)] = window.input_ids
+        mask[row, : len(window.input_ids)] = 1
+        casings[row, : len(window.casings)] = window.casings
+    return {"input_ids": ids, "attention_mask": mask, "casing_ids": casings}
 
 
 def mean_over_windows(windows: list[Window], values: list[np.ndarray]) -> np.ndarray:

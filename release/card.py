@@ -159,6 +159,36 @@ def drift_table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed_table(found: dict[str, Any]) -> str:
+    """Returns the Markdown table of how long one way of working takes beside another.
+
+    Args:
+        found: The content of results/benchmarks.json.
+    """
+    lines = [
+        f"| {found['texts']:,} texts, {found['tokens']:,} tokens | ratio | middle half of the rounds |",
+        "|---|---|---|",
+    ]
+    for row in found["ratios"]:
+        low, high = row["quartiles"]
+        lines.append(f"| {row['ratio']} | **{row['median']:.2f}** | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def backend_table(found: dict[str, Any]) -> str:
+    """Returns the Markdown table of what each task reaches on each backend.
+
+    Args:
+        found: The content of results/onnx.json.
+    """
+    lines = ["| task, validation split | torch | ONNX | ONNX, int8 | int8 gives |", "|---|---|---|---|---|"]
+    for name, task in found["tasks"].items():
+        values = " | ".join(f"{task[backend]:.3f}" for backend in ("torch", "onnx", "onnx-int8"))
+        points = f"{round(task['points']['onnx-int8'], 1) + 0.0:+.1f} points".replace("-", "−")  # + 0.0: never minus zero
+        lines.append(f"| {name}, {task['metric']} ({task['rows']:,}) | {values} | {points} |")
+    return "\n".join(lines) + "\n"
+
+
 def lever_table(found: dict[str, Any]) -> str:
     """Returns the Markdown table of what single settings change in the validation metrics of a small run.
 
@@ -198,6 +228,9 @@ def render_card(card: str, folder: Path = ROOT) -> str:
         text = fill(text, "negative-transfer", negative_transfer(results, alone, described))
     if "drift" in results:
         text = fill(text, "drift", drift_table(results["drift"]))
+    for name, render in (("benchmarks", speed_table), ("onnx", backend_table)):
+        if (folder / f"results/{name}.json").exists():
+            text = fill(text, name, render(read(name, folder)))
     return metadata(card, folder.resolve().name, results, described) + text
 
 

@@ -1,16 +1,21 @@
 """The command line: what it prints, reads and writes, and what a bad row or file does."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import annotate
+import bulk
 from tests.conftest import ROOT, TASKS, TEXTS
 
 PARIS = "Tim loves Paris."
@@ -167,6 +172,15 @@ def test_standard_input_is_read_as_text_lines_or_as_told(release):
         (["--input", "no-such-file.csv"], "--input no-such-file.csv cannot be read"),
         (["x", "--model", "/no/such/folder"], "--model /no/such/folder cannot be loaded"),
         (["x", "--batch-tokens", "0"], "batch_tokens is 0"),
+        (["x", "--output", "tests"], "the name must end in .jsonl or .parquet"),
+        (["x", "--resume"], "--resume and --num-workers write files; say where with --output"),
+        (["x", "--num-workers", "2"], "--resume and --num-workers write files; say where with --output"),
+        (["x", "--num-workers", "0"], "--num-workers 0: at least one must work"),
+        (["x", "--output", "out.jsonl", "--resume"], "--resume needs --input FILE"),
+        (["--input", "in.jsonl", "--output", "in.jsonl"], "--output in.jsonl is the input"),
+        (["x", "--engine", "ray"], "--engine ray reads a folder of files (--input) and writes a folder (--output)"),
+        (["--engine", "ray", "--input", ".", "--output", "o", "--overwrite"], "--overwrite is for a file"),
+        (["--engine", "ray", "--input", ".", "--output", "tests"], "--output tests is not empty"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(run, arguments, message):
@@ -223,7 +237,176 @@ def test_an_existing_output_is_kept_unless_told_otherwise(run, tmp_path):
 
 
 def test_six_significant_digits():
-    assert annotate.to_json({"a": 1 / 3, "b": [2e-9 / 3], "c": None}) == '{"a": 0.333333, "b": [6.66667e-10]}'
-    stream = io.StringIO()
-    annotate.write_jsonl([{"a": 1}, {"a": 2}], stream)
-    assert stream.getvalue() == '{"a": 1}\n{"a": 2}\n'
+    assert bulk.to_json({"a": 1 / 3, "b": [2e-9 / 3], "c": None}) == '{"a": 0.333333, "b": [6.66667e-10]}'
+
+
+def unfinished_run(run, tmp_path, monkeypatch, *arguments, error: BaseException | None = None) -> tuple[Any, str]:
+    """Writes two of four chunks to out.jsonl, then fails; returns exit code and message."""
+    monkeypatch.setattr(bulk, "CHUNK_ROWS", 1)
+    write_input(tmp_path / "in.jsonl", "jsonl")
+    real, calls = bulk.write_part, 0
+
+    def write_part(*given):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error or OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "write_part", write_part)
+        options = ("--input", tmp_path / "in.jsonl", "--text-column", "review", "--output", tmp_path / "out.jsonl")
+        code, _, err = run(*options, *arguments)
+    return code, err
+
+
+OPTIONS = ("--text-column", "review", "--tasks", "rating,ner")
+
+
+def test_a_full_disk_costs_nothing_that_is_written(run, tmp_path, monkeypatch):
+    code, err = unfinished_run(run, tmp_path, monkeypatch, *OPTIONS)
+    assert code == 1 and "No space left" in err and "is kept in" in err and "--resume goes on from it" in err
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    code, _, err = run(*files, *OPTIONS)
+    assert code == 2 and "holds a run that was stopped; go on with --resume or start again with --overwrite" in err
+    code, _, err = run(*files, *OPTIONS, "--resume")
+    assert code == 0 and "4/4" in err
+    run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "whole.jsonl", *OPTIONS)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+    code, _, err = run(*files, *OPTIONS, "--resume")
+    assert code == 0 and "out.jsonl is complete, there is nothing to resume" in err
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("call", [0, 1, 4, 9])
+def test_a_disk_that_fills_up_anywhere_is_survived(run, tmp_path, monkeypatch, step, call):
+    monkeypatch.setattr(bulk, "CHUNK_ROWS", 1)
+    write_input(tmp_path / "in.jsonl", "jsonl")
+    arguments = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *OPTIONS)
+    real, calls = getattr(os, step), 0
+
+    def full(*given):
+        nonlocal calls
+        calls += 1
+        if calls > call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk.os, step, full)
+        code, _, err = run(*arguments)
+    if code == 0:  # there are fewer such calls
+        assert call == 9 and step == "replace"
+        return
+    assert "No space left" in err and "Traceback" not in err and not (tmp_path / "out.jsonl").exists()
+    assert not list(tmp_path.glob("**/*.tmp")), "what cannot be kept takes no room"
+    assert run(*arguments, "--resume")[0] == 0
+    assert [x["text"] for x in records((tmp_path / "out.jsonl").read_text())] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "rating"], "--tasks was ['rating', 'ner'] and is ['rating']"),
+        (["--text-column", "id"], "--text-column was 'review' and is 'id'"),
+        (["--no-embedding"], "--no-embedding was False and is True"),
+        (["--batch-tokens", "7"], "--batch-tokens was None and is 7"),
+        (["--num-workers", "2"], "--num-workers was 1 and is 2"),
+        (["--input", "other.jsonl"], "time of --input was"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_and_says_which(run, tmp_path, monkeypatch, arguments, message):
+    unfinished_run(run, tmp_path, monkeypatch, *OPTIONS)
+    monkeypatch.chdir(tmp_path)
+    write_input(tmp_path / "other.jsonl", "jsonl")
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    code, _, err = run(*files, *OPTIONS, "--resume", *arguments)
+    assert code == 1 and message in err and "Resume with what the first run had, or start again with --overwrite" in err
+    assert len(list((tmp_path / "out.jsonl.partial").glob("0*.jsonl"))) == 2, "nothing is lost"
+    assert run(*files, *OPTIONS, "--overwrite", *arguments[:0])[0] == 0
+    assert len(records((tmp_path / "out.jsonl").read_text())) == 4
+
+
+def test_another_model_is_another_setting(run, release, tmp_path, monkeypatch):
+    unfinished_run(run, tmp_path, monkeypatch, *OPTIONS)
+    other = Path(shutil.copytree(release, tmp_path / "other"))
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    code, _, err = run(*files, *OPTIONS, "--resume", "--model", other)
+    assert code == 1 and "content of --model was" in err
+    same = shutil.copytree(release, tmp_path / "same")
+    assert run(*files, *OPTIONS, "--resume", "--model", same)[0] == 0
+
+
+def test_rejects_are_listed_with_row_and_reason(run, tmp_path):
+    long = json.dumps({"text": "a" * 10_000_000})
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\nnot json\n' + long + '\n{"text": "two"}\n')
+    command = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.parquet", "--tasks", "rating")
+    code, _, err = run(*command)
+    assert code == 0 and "2 rows could not be annotated; see" in err and "out.parquet.rejects.jsonl" in err
+    found = records((tmp_path / "out.parquet.rejects.jsonl").read_text())
+    assert [x["row"] for x in found] == [1, 2] and found[0]["reason"].startswith("row 1 is no JSON")
+    assert found[1]["reason"] == "row 2 has 10000000 characters, more than 1000000; divide the text"
+    assert [x["text"] for x in pq.read_table(tmp_path / "out.parquet").to_pylist()] == ["one", None, None, "two"]
+    (tmp_path / "out.parquet").unlink()
+    code, _, err = run(*command)
+    assert code == 2 and "out.parquet.rejects.jsonl exists" in err
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n')
+    assert run(*command, "--overwrite")[0] == 0 and not (tmp_path / "out.parquet.rejects.jsonl").exists()
+
+
+def test_a_column_that_no_row_has_is_an_error_and_no_file_of_rejects(run, tmp_path):
+    write_input(tmp_path / "in.jsonl", "jsonl")
+    code, _, err = run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert code == 1 and "none of its 4 rows can be read; the last is no object with the field 'text'" in err
+    assert [x.name for x in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_csv_that_breaks_off_costs_its_last_row(run, tmp_path):
+    (tmp_path / "in.csv").write_text('id,text\n1,"one"\n2\n3,"thr')
+    code, out, _ = run("--input", tmp_path / "in.csv", "--tasks", "rating", "--no-embedding")
+    assert code == 0 and [x.get("error") for x in records(out)] == [
+        None,
+        "row 1 has fewer fields than the header",
+        "row 2 ends within quotes: the file breaks off, or a quote is missing",
+    ]
+    (tmp_path / "in.csv").write_text('id,text\n1,"one\ntwo"')
+    _, out, _ = run("--input", tmp_path / "in.csv", "--tasks", "rating", "--no-embedding")
+    assert [x["text"] for x in records(out)] == ["one\ntwo"], "no newline at the end of the file is no fault"
+
+
+def test_a_parquet_file_that_breaks_off_keeps_what_was_done(run, tmp_path, monkeypatch):
+    table = pa.table({"text": [f"{row} " + "love " * 8 for row in range(40)]})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=10, compression="none", use_dictionary=False)
+    whole = (tmp_path / "in.parquet").read_bytes()
+    arguments = ("--input", tmp_path / "in.parquet", "--output", tmp_path / "out.jsonl", "--tasks", "rating")
+    (tmp_path / "in.parquet").write_bytes(whole[: len(whole) // 2])
+    code, _, err = run(*arguments)
+    assert code == 1 and "is no readable parquet file" in err and "Traceback" not in err
+    monkeypatch.setattr(bulk, "CHUNK_ROWS", 10)
+    place = pq.ParquetFile(io.BytesIO(whole)).metadata.row_group(2).column(0).data_page_offset
+    (tmp_path / "in.parquet").write_bytes(whole[:place] + b"\xff" * 40 + whole[place + 40 :])
+    code, _, err = run(*arguments)
+    assert code == 1 and "breaks off" in err and "is kept in" in err and "Traceback" not in err
+    assert len(list((tmp_path / "out.jsonl.partial").glob("0*.jsonl"))) == 2
+
+
+def test_a_pipe_cannot_be_resumed(release, tmp_path):
+    command = [sys.executable, str(ROOT / "annotate.py"), "--model", str(release), "--input", "-", "--output"]
+    done = subprocess.run([*command, str(tmp_path / "o.jsonl"), "--resume"], input=b"one", capture_output=True, check=False)
+    assert done.returncode == 2 and b"what is no file, such as standard input, cannot be read again" in done.stderr
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(
+        [*command[:-2], str(tmp_path / "pipe"), "--output", str(tmp_path / "o.jsonl"), "--input-format=text"]
+    )
+    (tmp_path / "pipe").write_text("one\ntwo\n")
+    assert reader.wait(60) == 0 and [x["text"] for x in records((tmp_path / "o.jsonl").read_text())] == ["one", "two"]
+
+
+def test_the_backend_is_the_pipelines(run, monkeypatch, pipe):
+    given = []
+    monkeypatch.setattr("transformers.pipeline", lambda *_, **options: given.append(options) or pipe)
+    run(PARIS, "--backend", "onnx-int8")
+    run(PARIS)
+    assert given[0]["backend"] == "onnx-int8" and "backend" not in given[1]

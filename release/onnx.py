@@ -1,0 +1,259 @@
+"""Writes a model as ONNX, for ONNX Runtime and all that is built on it: `python -m release.onnx REPO` writes
+
+    onnx/model.onnx             float32, the numbers of PyTorch within 1e-4
+    onnx/model_quantized.onnx   8-bit weights: a quarter of the size, faster on a CPU, a little less exact
+
+Both give `last_hidden_state`, `sentence_embedding` and `logits.<task>` of every task. They need `input_ids` and
+`attention_mask`; `token_type_ids` and `casing_ids`, where the model reads them, may be left out and are zero then. With
+--data, both are measured on the tasks' data sets, into results/onnx.json. Axes: B batch, T tokens, N texts or tokens.
+"""
+
+import argparse
+import inspect
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, pipeline
+
+from configuration_multitask import TaskSpec
+from evaluation.evaluate import DEFAULT_RECIPE, MULTI_LABEL, REGRESSION, main_metric, measure, surroundings
+from modeling_multitask import MultiTaskModel, WeightsError
+from pipeline_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, MultiTaskPipeline, length_batches, pad_windows
+from training.data import load_task_split
+from training.recipe import Recipe
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 20  # the first in which Gelu is one operator, which is faster than its parts
+TOLERANCE = 1e-4
+VERIFIED_ROWS = 50  # of each column of texts of a data set
+SENTENCES = (
+    "Tim Cook opened Apple's new store in Paris on Monday. I love it!",
+    "so sad",
+    "",
+    "The U.S. embassy in Rome was closed; nobody said why, and it rained all day long, from Turin down to Naples.",
+    "WHY is @united always LATE??? #fail 😡",
+    "Real Madrid 3, Bayern München 1 (half-time 1-1)",
+    "Angela Merkel traf am Dienstag den französischen Präsidenten Emmanuel Macron in Straßburg.",
+    "2023-04-01: 17 of 25 shares fell, among them Microsoft, Shell and HSBC Holdings; oil rose by 2.5 %.",
+)
+
+
+class ExportError(Exception):
+    """The graph does not give what the model gives; the message says what to try."""
+
+
+class Graph(nn.Module):
+    """A model with positional inputs, all but the first of which may be [1, 1], and its outputs in a fixed order."""
+
+    def __init__(self, model: MultiTaskModel) -> None:
+        super().__init__()
+        reads_types = "token_type_ids" in inspect.signature(model.encoder.forward).parameters
+        reads_casing = any(head.casing is not None for head in model.heads.values())
+        self.model = model
+        self.required = ["input_ids", "attention_mask"]
+        self.optional = ["token_type_ids"] * reads_types + ["casing_ids"] * reads_casing
+        self.outputs = ["last_hidden_state", "sentence_embedding", *(f"logits.{name}" for name in model.heads)]
+        self.eval()
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        names = self.required + self.optional
+        out = self.model(**{name: value.expand_as(values[0]) for name, value in zip(names, values, strict=True)})
+        return out.last_hidden_state, out.sentence_embedding, *out.logits.values()
+
+    @torch.inference_mode()
+    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Returns the outputs, as a session of ONNX Runtime does."""
+        zero = np.zeros((1, 1), dtype=np.int64)
+        return [x.numpy() for x in self(*(torch.from_numpy(feed.get(n, zero)) for n in self.required + self.optional))]
+
+
+def write_graph(graph: Graph, path: Path) -> None:
+    """Writes a float32 graph with its weights in one file, of standard operators alone."""
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    # Each its own tensor: the exporter takes one that is given twice for a single input.
+    values = [*(torch.ones(2, 7).long() for _ in graph.required), *(torch.zeros(1, 1).long() for _ in graph.optional)]
+    shapes = [*({0: "batch", 1: "length"} for _ in graph.required), *(None for _ in graph.optional)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is inside PyTorch
+        program = torch.onnx.export(
+            graph,
+            tuple(values),
+            input_names=graph.required + graph.optional,
+            output_names=graph.outputs,
+            dynamic_shapes={"values": tuple(shapes)},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    for value in program.model.graph.inputs[len(graph.required) :]:
+        # An input with an initializer may be left out. Its dimensions have names of their own: taken for [batch, length],
+        # an optimizer could drop the expansion.
+        value.shape = onnx_ir.Shape([f"{value.name}_batch", f"{value.name}_length"])
+        value.const_value = onnx_ir.tensor(np.zeros((1, 1), dtype=np.int64), name=value.name)
+        program.model.graph.register_initializer(value)
+    ClearMetadataAndDocStringPass()(program.model)  # it names this machine's folders
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx_ir.save(program.model, path)
+
+
+def quantize(source: Path, target: Path) -> None:
+    """Writes a graph with its matrices in 8 bits; what they multiply is quantized as it comes, batch by batch."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        source,
+        target,
+        op_types_to_quantize=["MatMul", "Gather"],  # Gather: the word embeddings, half of all weights
+        weight_type=QuantType.QInt8,  # with AVX2 a fifth faster than unsigned
+        reduce_range=True,  # with AVX2, sums of two full products can overflow
+        per_channel=True,  # a single scale for a matrix changes every tenth label
+    )
+
+
+def onnx_run(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+    """Returns a function that runs a graph on one feed, with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # it warns of every input that may be left out
+    return partial(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run, None)
+
+
+def make_feeds(pipe: MultiTaskPipeline, graph: Graph, texts: Iterable[str]) -> list[dict[str, np.ndarray]]:
+    """Returns a graph's inputs for texts, int64 [B, T] each, in the pipeline's batches."""
+    names, pad_token_id = graph.required + graph.optional, pipe.tokenizer.pad_token_id or 0
+    batches = length_batches(pipe.preprocess(list(texts), tasks=list(pipe.model.heads)), CPU_BATCH_TOKENS)
+    inputs = (pad_windows(windows, pad_token_id) for windows in batches)
+    return [{name: value for name, value in batch.items() if name in names} for batch in inputs]
+
+
+def collect(names: list[str], run: Callable, feeds: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns each output over all feeds, float [N, ...]: of the texts, or of their tokens without the padding."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for feed in feeds:
+        for name, value in zip(names, run(feed), strict=True):
+            found[name].append(value[feed["attention_mask"] > 0] if value.ndim == 3 else value)
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def same_labels(spec: TaskSpec, expected: np.ndarray, found: np.ndarray) -> float:
+    """Returns the share of items that two sources' logits, [N, C] each, give the same label, or labels."""
+    if spec.problem_type == MULTI_LABEL:
+        return float(((expected > 0) == (found > 0)).all(axis=1).mean())
+    return float((expected.argmax(axis=1) == found.argmax(axis=1)).mean())
+
+
+def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> dict[str, Any]:
+    """Writes `ONNX_FILES` to the folder `output`, and returns how near they are to PyTorch on some texts.
+
+    Raises:
+        ExportError: The float32 graph gives other numbers; no file is left.
+        WeightsError, OSError, ValueError: `repo` holds no whole model with its tokenizer.
+    """
+    model, tokenizer = MultiTaskModel.from_pretrained(repo), AutoTokenizer.from_pretrained(repo)
+    graph = Graph(model)
+    feeds = make_feeds(MultiTaskPipeline(model=model, tokenizer=tokenizer, device="cpu"), graph, texts)
+    expected = collect(graph.outputs, graph.run, feeds)
+    exact, quantized = (output / file for file in ONNX_FILES.values())
+    quantized.unlink(missing_ok=True)  # rather none than one of earlier weights
+    model.set_attn_implementation("eager")  # it becomes fewer and faster operators than SDPA
+    write_graph(graph, exact)
+    found = collect(graph.outputs, onnx_run(exact), feeds)
+    differences = {name: float(abs(found[name] - x).max() / max(1.0, abs(x).max())) for name, x in expected.items()}
+    if not all(x < TOLERANCE for x in differences.values()):
+        exact.unlink()
+        raise ExportError(
+            f"{exact} differs from PyTorch by {differences}; allowed: {TOLERANCE}. It is deleted. Try the versions of torch, "
+            f"transformers, {', '.join(PACKAGES)} that constraints.txt names."
+        )
+    quantize(exact, quantized)
+    found = collect(graph.outputs, onnx_run(quantized), feeds)
+    specs = {f"logits.{name}": spec for name, spec in model.config.task_specs.items() if spec.problem_type != REGRESSION}
+    return {
+        "max_difference": max(differences.values()),
+        "int8_cosine": float((expected["sentence_embedding"] * found["sentence_embedding"]).sum(axis=1).mean()),
+        "int8_same_labels": {name: same_labels(spec, expected[name], found[name]) for name, spec in specs.items()},
+    }
+
+
+def validation_texts(recipe: Recipe) -> list[str]:
+    """Returns the first texts of each column of texts of the recipe's validation splits."""
+    texts = []
+    for task in recipe.tasks.values():
+        rows = load_task_split(task, "validation")[:VERIFIED_ROWS]
+        texts += [" ".join(x) if isinstance(x, list) else x for column in task.text_columns for x in rows[column]]
+    return texts
+
+
+def measure_backends(repo: Path, recipe: Recipe, limit: int | None = None) -> dict[str, Any]:
+    """Returns each task's main metric on its validation split, or on its first `limit` rows, with each backend.
+
+    `points` are how many hundredths a backend's metric is from PyTorch's.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    for backend in BACKENDS:
+        pipe = pipeline("multitask", model=str(repo), trust_remote_code=True, device="cpu", backend=backend)
+        for name, found in measure(pipe, recipe, "validation", limit=limit).items():
+            metric = main_metric(recipe.tasks[name])
+            facts = {"metric": metric, **{key: found[key] for key in ("split", "rows", "sha256")}}
+            tasks.setdefault(name, facts)[backend] = found["metrics"][metric]
+    for task in tasks.values():
+        task["points"] = {backend: round(100 * (task[backend] - task["torch"]), 2) for backend in ONNX_FILES}
+    return tasks
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repo", help="folder of a release, or its Hub id")
+    parser.add_argument("--output", type=Path, help="folder to write to in place of REPO")
+    parser.add_argument("--data", type=Path, help="folder with local copies of the data sets, to measure both files on them")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="names tasks and data for --data")
+    args = parser.parse_args()
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        parser.error(f"{' and '.join(missing)} must be installed: pip install {' '.join(PACKAGES)}")
+    if args.output is None and not Path(args.repo).is_dir():
+        parser.error(f"{args.repo} is no folder to write to; for a model on the Hub, give --output FOLDER")
+    if args.output and args.data:
+        parser.error("--data measures what lies in REPO: leave out --output, or make REPO a copy of the repository")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.disable(logging.WARNING)  # of what is not needed: torchvision, optimizations that the exporter has made itself
+    output, texts = args.output or Path(args.repo), list(SENTENCES)
+    try:
+        if args.data:
+            recipe = Recipe.read(args.recipe, args.data)
+            texts += validation_texts(recipe)
+        result = {"texts": len(texts), **export(args.repo, output, texts)}
+        result["bytes"] = {file: (output / file).stat().st_size for file in ONNX_FILES.values()}
+        if args.data:
+            result["tasks"] = measure_backends(output, recipe)
+    except (ExportError, WeightsError, OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(json.dumps(result, indent=2))
+    if args.data:
+        other = "" if args.recipe.resolve() == DEFAULT_RECIPE else f" --recipe {args.recipe.name}"
+        result = {"command": f"python -m release.onnx MODEL --data DATA{other}", **result, **surroundings()}
+        result["libraries"] |= {name: version(name) for name in PACKAGES}
+        (output / "results").mkdir(exist_ok=True)
+        (output / "results/onnx.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Folders by Ray: a worker that is killed costs nothing, and a second run computes only what is missing."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+import annotate
+import bulk
+from tests.test_bulk import write_texts
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+OPTIONS = ["--device", "cpu", "--tasks", "rating,sentiment", "--no-embedding"]
+
+
+@pytest.fixture
+def run(release, monkeypatch, capsys):
+    """Runs `annotate.py --engine ray` in this process on a local cluster; returns exit code and standard error."""
+
+    def call(*arguments):
+        command = ["annotate.py", "--model", str(release), "--engine", "ray", "--num-workers", "2", *OPTIONS]
+        monkeypatch.setattr(sys, "argv", [*command, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            annotate.main()
+            return 0, capsys.readouterr().err
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shut_down():
+    yield
+    ray.shutdown()
+
+
+def kill_one_worker(output: Path, killed: list[int]) -> None:
+    """Kills an actor once parts of a shard are there."""
+    while not killed:
+        time.sleep(0.05)
+        if list(output.glob("_rejects/*.partial/0*.parquet")):
+            actors = [x for x in psutil.Process().children(recursive=True) if "ray::MapWorker" in " ".join(x.cmdline())]
+            for actor in actors[:1]:
+                os.kill(actor.pid, signal.SIGKILL)
+                killed.append(actor.pid)
+
+
+def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, release, tmp_path):
+    source, output, killed = tmp_path / "in", tmp_path / "out", []
+    source.mkdir()
+    for shard in range(4):
+        write_texts(source / f"{shard}.jsonl", 4000 + 100 * shard)
+    killer = threading.Thread(target=kill_one_worker, args=(output, killed), daemon=True)
+    killer.start()
+    code, err = run("--input", source, "--output", output)
+    assert code == 0 and killed and "4/4" in err and "texts/s" in err and "332 rows could not be annotated" in err, err
+    table = pq.read_table(output).to_pylist()
+    assert len(table) == 16_600 and sum(x["error"] is not None for x in table) == 332
+    annotator = bulk.Annotator(
+        bulk.Settings(str(release), device="cpu", threads=1, tasks=["rating", "sentiment"], embedding=False)
+    )
+    for shard in range(4):
+        alone, written = tmp_path / f"{shard}.parquet", output / f"{shard}.jsonl.parquet"
+        rows = bulk.Source(str(source / f"{shard}.jsonl"), "jsonl", "text").rows()
+        bulk.annotate_file(rows, alone, annotator, {}, bulk.Progress())
+        assert written.read_bytes() == alone.read_bytes()
+        rejects = output / "_rejects" / f"{shard}.jsonl.parquet.rejects.jsonl"
+        assert rejects.read_bytes() == bulk.rejects_file(alone).read_bytes()
+
+    times = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
+    (output / "2.jsonl.parquet").unlink()
+    code, err = run("--input", source, "--output", output)
+    assert code == 2 and "is not empty; choose another folder or add --resume" in err
+    code, err = run("--input", source, "--output", output, "--resume", "--batch-tokens", "9")
+    assert code == 1 and "--batch-tokens was None and is 9" in err
+    code, err = run("--input", source, "--output", output, "--resume")
+    assert code == 0 and "4/4" in err
+    changed = {path.name for path in output.glob("*.parquet") if path.stat().st_mtime_ns != times[path.name]}
+    assert changed == {"2.jsonl.parquet"}
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_written(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_texts(tmp_path / "in/good.jsonl", 30)
+    (tmp_path / "in/bad.parquet").write_bytes(b"PAR1 no")
+    code, err = run("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert code == 1 and "1 of 2 shards failed; bad.parquet: --input" in err and "is no readable parquet file" in err
+    assert [x.name for x in (tmp_path / "out").glob("*.parquet")] == ["good.jsonl.parquet"]
+    shutil.copy(tmp_path / "in/good.jsonl", tmp_path / "in/more.xyz")
+    code, err = run("--input", tmp_path / "in", "--output", tmp_path / "other")
+    assert code == 1 and "say what more.xyz holds with --input-format" in err

@@ -1,0 +1,190 @@
+"""The ONNX export: the numbers of PyTorch in any shape, for every encoder, with inputs that may be left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import pipeline
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
+
+from modeling_multitask import MultiTaskModel  # noqa: E402
+from pipeline_multitask import ONNX_FILES  # noqa: E402
+from release import onnx as release_onnx  # noqa: E402
+from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, write_release  # noqa: E402
+from training.recipe import Recipe  # noqa: E402
+
+CASED = {"kind": "token_classification", "labels": ["O", "B-ORG", "I-ORG"], "casing_dim": 4}
+OUTPUTS = ["last_hidden_state", "sentence_embedding", *(f"logits.{name}" for name in (*TASKS, "cased"))]
+# Where windows of ModernBERT's local attention are shorter than the texts, the mask depends on the length.
+ENCODERS = {"bert": {}, "roberta": {}, "distilbert": {}, "modernbert": {"local_attention": 8}}
+SHAPES = [(1, 1), (1, 2), (3, 7), (2, WINDOW)]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Returns a function that gives the release of a tiny model with its export, made once for each encoder."""
+    made: dict[str, tuple[Path, dict]] = {}
+
+    def export(model_type: str = "bert") -> tuple[Path, dict]:
+        if model_type not in made:
+            fields = {**ENCODERS[model_type], "tasks": {**TASKS, "cased": CASED}}
+            folder = write_release(tmp_path_factory.mktemp(model_type), model_type, **fields)
+            made[model_type] = folder, release_onnx.export(folder, folder)
+        return made[model_type]
+
+    return export
+
+
+def session(folder: Path, backend: str = "onnx") -> Any:
+    return onnxruntime.InferenceSession(folder / ONNX_FILES[backend], providers=["CPUExecutionProvider"])
+
+
+def feed(batch: int, length: int, padding: str = "right") -> dict[str, np.ndarray]:
+    """Returns random ids, of which each row after the first has one more token of padding."""
+    random = np.random.default_rng(0)
+    ids = random.integers(4, 300, (batch, length))
+    mask = np.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, slice(-row, None) if padding == "right" else slice(0, row)] = 0
+    return {"input_ids": np.where(mask > 0, ids, 0), "attention_mask": mask}
+
+
+def assert_same_as_torch(folder: Path, given: dict[str, np.ndarray]) -> None:
+    with torch.inference_mode():
+        out = MultiTaskModel.from_pretrained(folder)(**{name: torch.from_numpy(x) for name, x in given.items()})
+    expected = dict(zip(OUTPUTS, [out.last_hidden_state, out.sentence_embedding, *out.logits.values()], strict=True))
+    found = dict(zip(OUTPUTS, session(folder).run(None, given), strict=True))
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        kept = given["attention_mask"] > 0 if value.ndim == 3 else slice(None)  # what stands at padding has no meaning
+        np.testing.assert_allclose(found[name][kept], value.numpy()[kept], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_every_encoder_gives_pytorchs_numbers_in_every_shape(exported, model_type):
+    folder, _ = exported(model_type)
+    for shape in SHAPES:
+        for padding in ("right", "left"):
+            assert_same_as_torch(folder, feed(*shape, padding))
+
+
+def test_a_row_without_any_token_has_a_zero_embedding(exported):
+    given = feed(2, 5)
+    given["attention_mask"][1] = 0
+    _, embedding, *logits = session(exported()[0]).run(None, given)
+    assert (embedding[1] == 0).all() and all(np.isfinite(x).all() for x in logits)
+
+
+def test_ids_and_mask_are_enough_and_outputs_are_named_in_order(exported):
+    run = session(exported()[0])
+    assert [x.name for x in run.get_inputs()] == ["input_ids", "attention_mask"]
+    assert [x.name for x in run.get_overridable_initializers()] == ["token_type_ids", "casing_ids"]
+    assert [x.name for x in run.get_outputs()] == OUTPUTS
+    assert [x.shape for x in run.get_outputs()[:3]] == [["batch", "length", 32], ["batch", 8], ["batch", 3]]
+
+
+@pytest.mark.parametrize("name", ["casing_ids", "token_type_ids"])
+def test_an_optional_input_is_zero_if_left_out_and_heeded_if_given(exported, name):
+    folder, _ = exported()
+    given, run = feed(3, 7), session(folder)
+    zeros, ones = ({**given, name: np.full((3, 7), value)} for value in (0, 1))
+    for left_out, zero in zip(run.run(None, given), run.run(None, zeros), strict=True):
+        np.testing.assert_array_equal(left_out, zero)
+    assert not np.allclose(run.run(["logits.cased"], given), run.run(["logits.cased"], ones), atol=1e-2)
+    assert_same_as_torch(folder, ones)
+
+
+def test_inputs_that_the_model_does_not_read_are_not_there(tmp_path):
+    folder = write_release(tmp_path, "distilbert", tasks={"sentiment": TASKS["sentiment"]})
+    release_onnx.export(folder, tmp_path / "elsewhere")
+    assert not session(tmp_path / "elsewhere").get_overridable_initializers() and not (folder / "onnx").exists()
+
+
+def test_one_file_holds_everything_in_standard_operators(exported):
+    folder, _ = exported()
+    assert sorted(x.name for x in (folder / "onnx").iterdir()) == ["model.onnx", "model_quantized.onnx"]
+    graph = onnx.load(folder / ONNX_FILES["onnx"], load_external_data=False)
+    assert [x.domain for x in graph.opset_import] == [""]
+    assert not any(x.external_data for x in graph.graph.initializer)
+    assert str(ROOT).encode() not in (folder / ONNX_FILES["onnx"]).read_bytes(), "traces of the machine that made it"
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_eight_bits_are_smaller_and_mostly_agree(exported, model_type):
+    folder, result = exported(model_type)
+    exact, quantized = (folder / file for file in ONNX_FILES.values())
+    assert quantized.stat().st_size < 0.6 * exact.stat().st_size  # of a tiny model the graph itself is a good part
+    assert result["int8_cosine"] > 0.99 and min(result["int8_same_labels"].values()) > 0.8
+    assert set(result["int8_same_labels"]) == {f"logits.{name}" for name in (*TASKS, "cased")} - {"logits.rating"}
+    assert session(folder, "onnx-int8").run(["sentence_embedding"], feed(1, 2))[0].shape == (1, 8)
+
+
+def test_the_pipeline_gives_the_same_records_through_the_export(exported):
+    folder, _ = exported()
+    found = {}
+    for backend in ("torch", *ONNX_FILES):
+        pipe = pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend=backend)
+        found[backend] = pipe(TEXTS)
+    for expected, record, rough in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(record["sentence_embedding"], expected["sentence_embedding"], atol=1e-4)
+        assert record["labels"]["sentiment"]["label"] == expected["labels"]["sentiment"]["label"]
+        for name in ("ner", "cased"):
+            for one, other in zip(record["entities"][name], expected["entities"][name], strict=True):
+                assert (one["start"], one["end"], one["entity_group"]) == (
+                    other["start"],
+                    other["end"],
+                    other["entity_group"],
+                )
+        assert rough["sentence_embedding"] @ expected["sentence_embedding"] > 0.98
+
+
+def test_each_backend_is_measured_on_the_tasks_of_the_recipe(exported):
+    recipe = Recipe.read(ROOT / "training/recipes/smoke.toml", ROOT / "tests/samples").only("sentiment")
+    found = release_onnx.measure_backends(exported()[0], recipe, limit=20)["sentiment"]
+    assert found["metric"] == "macro_recall" and found["rows"] == 20
+    assert found["onnx"] == found["torch"] and found["points"]["onnx"] == 0
+    assert found["points"]["onnx-int8"] == pytest.approx(100 * (found["onnx-int8"] - found["torch"]), abs=0.01)
+    assert len(release_onnx.validation_texts(recipe)) == release_onnx.VERIFIED_ROWS
+
+
+# What goes wrong
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["release.onnx", *map(str, arguments)])
+    release_onnx.main()
+
+
+def test_other_numbers_than_pytorchs_leave_no_file(release, tmp_path, monkeypatch):
+    stale = tmp_path / ONNX_FILES["onnx-int8"]
+    stale.parent.mkdir()
+    stale.write_bytes(b"of earlier weights")
+    monkeypatch.setattr(release_onnx, "TOLERANCE", 0)
+    with pytest.raises(release_onnx.ExportError, match=r"differs from PyTorch by .* allowed: 0"):
+        release_onnx.export(release, tmp_path)
+    assert not list((tmp_path / "onnx").iterdir())
+
+
+def test_missing_packages_are_named_with_how_to_get_them(release, monkeypatch, capsys):
+    monkeypatch.setattr(release_onnx, "find_spec", lambda name: None if name == "onnxscript" else True)
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, release)
+    assert "onnxscript must be installed: pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(SystemExit, match=str(tmp_path)):
+        run_main(monkeypatch, tmp_path)
+
+
+def test_a_model_on_the_hub_needs_a_folder_to_write_to(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "someone/model")
+    assert "--output" in capsys.readouterr().err
