@@ -40,7 +40,7 @@ evaluate:
 			--output results/release$$([ $$split = test ] || echo _$$split).json || exit 1; \
 	done
 
-# The exports for ONNX Runtime, and what they cost in quality.
+# The exports for ONNX Runtime; with DATA=…, also what they cost in quality.
 onnx:
 	python -m release.onnx . $(FROM_DATA)
 

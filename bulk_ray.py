@@ -160,7 +160,6 @@ def _run(folders: Folders, settings: bulk.Settings, shards: list[str], workers: 
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(shards)), max_tasks_in_flight_per_actor=1),
         num_cpus=1,
         num_gpus=0 if settings.device == "cpu" else 1,
-        ray_remote_args_fn=lambda: {"max_task_retries": 5},  # a shard that has ended six actors is given up
     )
     try:
         yield from job.iter_rows()

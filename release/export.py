@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_multitask import POOLING_MODES, WEIGHTS_INDEX, MultiTaskConfig
 from modeling_multitask import MultiTaskModel
+from pipeline_multitask import ONNX_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FILES = ("configuration_multitask.py", "modeling_multitask.py", "pipeline_multitask.py")
@@ -99,8 +100,8 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype = torc
     for key, value in model.state_dict().items():
         name, file = release_key(key, model.base_model_prefix)
         files.setdefault(file, {})[name] = value.to(dtype if value.is_floating_point() else value.dtype).contiguous()
-    for file in {DENSE_FILE, HEADS_FILE, "2_Dense/config.json"}:
-        (output / file).unlink(missing_ok=True)  # left by an earlier release that had more parts
+    for file in {DENSE_FILE, HEADS_FILE, "2_Dense/config.json", *ONNX_FILES.values()}:
+        (output / file).unlink(missing_ok=True)  # left by an earlier release, of other weights or with more parts
     for file, tensors in files.items():
         (output / file).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, output / file, metadata={"format": "pt"})

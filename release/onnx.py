@@ -169,7 +169,8 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
     feeds = make_feeds(MultiTaskPipeline(model=model, tokenizer=tokenizer, device="cpu"), graph, texts)
     expected = collect(graph.outputs, graph.run, feeds)
     exact, quantized = (output / file for file in ONNX_FILES.values())
-    quantized.unlink(missing_ok=True)  # rather none than one of earlier weights
+    for file in (exact, quantized):
+        file.unlink(missing_ok=True)  # rather none than those of earlier weights
     model.set_attn_implementation("eager")  # it becomes fewer and faster operators than SDPA
     write_graph(graph, exact)
     found = collect(graph.outputs, onnx_run(exact), feeds)

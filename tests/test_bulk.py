@@ -30,6 +30,12 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.test_bulk"])
 
 
+@pytest.fixture(autouse=True)
+def chunks_as_they_are(monkeypatch):
+    """Undoes what a test does to the size of chunks."""
+    monkeypatch.setattr(bulk, "CHUNK_ROWS", bulk.CHUNK_ROWS)
+
+
 def write_texts(path: Path, rows: int) -> Path:
     """Writes generated short texts; one row in fifty is bad."""
     draw = random.Random(0)
@@ -165,6 +171,7 @@ def run_until_signal(release: Path, folder: Path, number: int) -> None:
             if self.rows == 80:
                 os.kill(os.getpid(), number)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     annotate.Bar = Bar
     bulk.CHUNK_ROWS = 8
     command = ["--model", release, "--device", "cpu", "--input", folder / "in.jsonl", "--output", folder / "out.jsonl"]

@@ -14,7 +14,7 @@ import pytest
 
 import annotate
 import bulk
-from tests.test_bulk import write_texts
+from tests.test_bulk import elsewhere, write_texts
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
@@ -55,6 +55,15 @@ def kill_one_worker(output: Path, killed: list[int]) -> None:
                 killed.append(actor.pid)
 
 
+def annotate_alone(release: Path, source: Path, output: Path) -> None:
+    """Annotates each shard as one file. In a process of its own: on what a process did before, last bits can depend."""
+    settings = bulk.Settings(str(release), device="cpu", threads=1, tasks=["rating", "sentiment"], embedding=False)
+    annotator = bulk.Annotator(settings)
+    for path in source.iterdir():
+        rows = bulk.Source(str(path), "jsonl", "text").rows()
+        bulk.annotate_file(rows, output / f"{path.stem}.parquet", annotator, {}, bulk.Progress())
+
+
 def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, release, tmp_path):
     source, output, killed = tmp_path / "in", tmp_path / "out", []
     source.mkdir()
@@ -66,13 +75,9 @@ def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, relea
     assert code == 0 and killed and "4/4" in err and "texts/s" in err and "332 rows could not be annotated" in err, err
     table = pq.read_table(output).to_pylist()
     assert len(table) == 16_600 and sum(x["error"] is not None for x in table) == 332
-    annotator = bulk.Annotator(
-        bulk.Settings(str(release), device="cpu", threads=1, tasks=["rating", "sentiment"], embedding=False)
-    )
+    elsewhere(annotate_alone, release, source, tmp_path)
     for shard in range(4):
         alone, written = tmp_path / f"{shard}.parquet", output / f"{shard}.jsonl.parquet"
-        rows = bulk.Source(str(source / f"{shard}.jsonl"), "jsonl", "text").rows()
-        bulk.annotate_file(rows, alone, annotator, {}, bulk.Progress())
         assert written.read_bytes() == alone.read_bytes()
         rejects = output / "_rejects" / f"{shard}.jsonl.parquet.rejects.jsonl"
         assert rejects.read_bytes() == bulk.rejects_file(alone).read_bytes()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,17 +103,21 @@ def test_a_saved_checkpoint_reloads_whole(release, saved_by, tmp_path):
     assert "multitask_weights" not in fields
     assert list(fields["tasks"]) == (["pos", *(x for x in TASKS if x != "pos")] if saved_by == "view" else list(TASKS))
     inputs = tokenizer(TEXTS[0], return_tensors="pt", truncation=True)
+    same = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)  # last bits depend on where the weights lie in memory
     with torch.no_grad():
         expected = original(**inputs)
         for model in (MultiTaskModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path, trust_remote_code=True)):
+            saved = model.state_dict()
+            assert all(torch.equal(saved[name], value) for name, value in original.state_dict().items())
             out = model(**inputs)
-            assert torch.equal(out.sentence_embedding, expected.sentence_embedding)
-            assert all(torch.equal(out.logits[name], expected.logits[name]) for name in TASKS)
+            same(out.sentence_embedding, expected.sentence_embedding)
+            for name in TASKS:
+                same(out.logits[name], expected.logits[name])
         view = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True, task="topics")
-        assert torch.equal(view(**inputs).logits, expected.logits["topics"])
+        same(view(**inputs).logits, expected.logits["topics"])
         view = AutoModelForTokenClassification.from_pretrained(tmp_path, trust_remote_code=True)
         first = "pos" if saved_by == "view" else "ner"
-        assert torch.equal(view(**inputs).logits, expected.logits[first]), "a saved view opens on the same head"
+        same(view(**inputs).logits, expected.logits[first])  # a saved view opens on the same head
     tokenizer.save_pretrained(tmp_path)
     record = pipeline("multitask", model=str(tmp_path), trust_remote_code=True, device="cpu")(TEXTS[0])
     assert set(record["labels"]) == {"sentiment", "topics", "rating"}

@@ -81,8 +81,11 @@ def test_export_sets_a_missing_length_and_clears_what_an_earlier_release_left(re
     tokenizer.model_max_length = 10**30
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     output = Path(shutil.copytree(release, tmp_path / "output"))
+    (output / "onnx").mkdir()
+    (output / "onnx/model.onnx").write_bytes(b"of earlier weights")
     export(tmp_path / "checkpoint", output)
     assert check(output) == [] and not (output / "heads/model.safetensors").exists()
+    assert not (output / "onnx/model.onnx").exists(), "the pipeline would answer with the earlier weights"
     assert json.loads((output / "tokenizer_config.json").read_text())["model_max_length"] == 32
 
 
