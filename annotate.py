@@ -243,8 +243,8 @@ def _stop(number: int, frame: Any) -> None:
 
 def _report(error: BaseException, args: argparse.Namespace) -> None:
     notes = getattr(error, "__notes__", [])
-    if notes and args.engine == "local":
-        again = args.input and Path(args.input).is_file()
+    if notes:
+        again = args.engine == "ray" or (args.input and Path(args.input).is_file())
         notes.append("--resume goes on from it." if again else "--overwrite starts again; no file, no --resume.")
     what = "stopped" if isinstance(error, KeyboardInterrupt) else str(error).removesuffix(".")
     print(f"annotate.py: {what}.", *notes, file=sys.stderr)

@@ -8,6 +8,7 @@ machine must see both folders, this code and a model that is a folder under the 
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,12 +113,16 @@ def annotate_folder(folders: Folders, settings: bulk.Settings, workers: int, res
     bulk.Annotator(replace(settings, device="cpu"))  # says at once if a model or task is not there
     _open_folder(folders, {**settings.identity(), **folders.identity()}, resume)
     missing = [shard for shard in shards if not folders.target(shard).exists()]
+    failed = []
     with bar(len(shards), " shards") as progress:
         progress.skip(len(shards) - len(missing))
-        failed = []
-        for shard in _run(folders, settings, missing, workers) if missing else ():
-            progress.add(shard["rows"], shard["tokens"])
-            failed += [f"{shard['shard']}: {shard['error']}"] if shard["error"] else []
+        try:
+            for shard in _run(folders, settings, missing, workers) if missing else ():
+                progress.add(shard["rows"], shard["tokens"])
+                failed += [f"{shard['shard']}: {shard['error']}"] if shard["error"] else []
+        except BaseException as error:
+            error.add_note(f"What is done is kept in {folders.output}.")
+            raise
     if failed:
         raise bulk.InputError("; ".join([f"{len(failed)} of {len(shards)} shards failed", *failed]))
     return sum(path.read_bytes().count(b"\n") for path in (folders.output / WORK).glob("*.rejects.jsonl"))
@@ -141,10 +146,13 @@ def _start_ray() -> Any:
     except ImportError as error:
         raise bulk.InputError("--engine ray needs Ray: pip install 'ray[data]'") from error
     if not ray.is_initialized():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
         except Exception as error:  # Ray has no class for it
             raise bulk.InputError(f"--engine ray: Ray cannot be started or reached: {error}") from error
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray's would abort
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
@@ -164,4 +172,4 @@ def _run(folders: Folders, settings: bulk.Settings, shards: list[str], workers: 
     try:
         yield from job.iter_rows()
     except ray.exceptions.RayError as error:
-        raise bulk.InputError(f"--engine ray: {error}\nThe shards that are complete are kept; --resume goes on") from error
+        raise bulk.InputError(f"--engine ray: {error}") from error
