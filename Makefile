@@ -44,6 +44,7 @@ evaluate:
 onnx:
 	python -m release.onnx . $(FROM_DATA)
 
+# Speed, side by side; DATA=… must name the data sets' folder.
 bench:
 	python -m benchmarks.run $(FROM_DATA)
 
