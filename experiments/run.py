@@ -1,0 +1,210 @@
+"""Runs the experiments behind discussion.md: `python -m experiments.run [TABLE ...] [--seeds 0 1 2] [--budget small]`.
+
+experiments/grid.toml says what they are. Each cell, one setting and one seed, is a run of `training.train` in a process of
+its own, measured on the validation splits; what it gave is one file in results/experiments/. A cell that has its file is
+skipped, and one that was interrupted continues from its last checkpoint. `python -m experiments.report` shows the results.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import resource
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from evaluation.evaluate import ROOT, average, measure, measure_drift, surroundings
+from experiments.conflicts import gradient_conflicts
+from modeling_multitask import MultiTaskModel
+from pipeline_multitask import MultiTaskPipeline
+from training.data import DataError
+from training.recipe import Recipe, RecipeError
+from training.train import train
+
+GRID = ROOT / "experiments/grid.toml"
+RESULTS = ROOT / "results/experiments"
+CHECKPOINT_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of one table, with one seed.
+
+    Attributes:
+        recipe: The recipe's file in this repository.
+        unseen: Data set, its folder under --data, split and column of texts that no task trains on.
+        budget: Name of the budget.
+        table: Name of the table.
+        name: What the setting is called in the table.
+        seed: The run's seed; it also picks the training rows.
+        settings: Overrides of the recipe, as `--set` takes them.
+        only: The tasks that train; none: all.
+        rows: So many rows of each validation split are measured; None: all.
+        gradients: Whether the tasks' gradients are compared, and nothing else is measured.
+    """
+
+    recipe: str
+    unseen: tuple[str, str, str, str]
+    budget: str
+    table: str
+    name: str
+    seed: int
+    settings: tuple[str, ...]
+    only: tuple[str, ...] = ()
+    rows: int | None = None
+    gradients: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The name of its result file, in the folder of all results."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return Path(self.budget, self.table, f"{slug}-{self.seed}.json")
+
+    @property
+    def command(self) -> str:
+        """The command that trains the same model."""
+        parts = [f"--only {' '.join(self.only)}"] if self.only else []
+        parts += [f"--set '{setting}'" for setting in self.settings]
+        return " ".join([f"python -m training.train {self.recipe} --output RUN", *parts])
+
+
+def read_grid(budget: str, seeds: list[int], tables: list[str], path: Path = GRID) -> list[Cell]:
+    """Returns the cells of the tables (all, if none is named) in the order in which they run.
+
+    Raises:
+        RecipeError: There is no such budget or table.
+    """
+    grid = tomllib.loads(path.read_text("utf-8"))
+    for kind, names in (("budgets", [budget]), ("tables", tables)):
+        if unknown := [name for name in names if name not in grid[kind]]:
+            raise RecipeError(f"{path.name} has no {kind} {unknown}; it has: {', '.join(grid[kind])}")
+    return [
+        cell
+        for seed in seeds
+        for table in grid["tables"]
+        if not tables or table in tables
+        for cell in _table_cells(grid, budget, table, seed)
+    ]
+
+
+def _table_cells(grid: dict[str, Any], budget: str, table: str, seed: int) -> Iterator[Cell]:
+    limits, fields = grid["budgets"][budget], grid["tables"][table]
+    for cell in fields["cells"]:
+        written = [*limits["settings"], *fields.get("settings", []), *cell.get("settings", [])]
+        settings = [x for setting in written for x in grid["lists"].get(setting.strip("{}"), [setting])]
+        only, gradients = tuple(cell.get("only", [])), fields.get("gradients", False)
+        source = (grid["recipe"], tuple(grid["unseen"]))
+        yield Cell(*source, budget, table, cell["name"], seed, tuple(settings), only, limits.get("rows"), gradients)
+
+
+def cell_recipe(cell: Cell, data: Path | None, encoder: str) -> Recipe:
+    """Returns a cell's recipe."""
+    run = [f"run.seed={cell.seed}", "run.validation_rows=50", "run.calibrate=false", f"run.save_steps={CHECKPOINT_STEPS}"]
+    settings = [setting.replace("{encoder}", encoder) for setting in cell.settings]
+    # A setting of a task that does not train here is checked, and then without effect.
+    recipe = Recipe.read(ROOT / cell.recipe, data, encoder, [*settings, *run])
+    return recipe.only(*cell.only) if cell.only else recipe
+
+
+def run_cell(cell: Cell, args: argparse.Namespace) -> None:
+    """Runs one cell and writes its result file."""
+    started = time.monotonic()
+    folder = args.runs / cell.path.with_suffix("")
+    recipe = cell_recipe(cell, args.data, args.encoder)
+    found = gradient_conflicts(recipe, folder) if cell.gradients else train_and_measure(cell, recipe, folder, args)
+    result = {**asdict(cell), "command": cell.command, **found, "cell_seconds": round(time.monotonic() - started)}
+    target = args.output / cell.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps({**result, **surroundings()}, indent=1) + "\n", "utf-8")
+    part.rename(target)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def train_and_measure(cell: Cell, recipe: Recipe, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what a cell's model costs and gives."""
+    resumed = (folder / "recipe.json").exists()
+    if not (folder / "metrics.json").exists():  # written when the training is over
+        train(recipe, folder, resume=resumed)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    cost, run = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("metrics", "run"))
+    model = MultiTaskModel.from_pretrained(folder / "final")
+    pipe = MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder / "final"))
+    tasks = measure(pipe, recipe, "validation", intervals=True, limit=cell.rows)
+    dataset, folder_name, *place = cell.unseen
+    unseen = str(args.data / folder_name) if args.data else dataset
+    return {
+        "training_seconds": None if resumed else cost["seconds"],
+        "peak_memory_mb": None if resumed else round(memory),
+        "steps": cost["steps"],
+        "trained_parameters": run["trained"],
+        "data": run["data"],
+        "tasks": tasks,
+        "average": average(tasks, recipe),
+        "drift": measure_drift(pipe, unseen, *place, args.encoder, intervals=True),
+    }
+
+
+def run_apart(cell: Cell, args: argparse.Namespace) -> None:
+    """Runs a cell in a process of its own, so that its memory is its own too.
+
+    Raises:
+        RuntimeError: The process failed.
+    """
+    process = multiprocessing.get_context("forkserver").Process(target=_report_errors, args=(cell, args))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{cell.path}: the run ended with {process.exitcode}; what it printed says why")
+
+
+def _report_errors(cell: Cell, args: argparse.Namespace) -> None:
+    try:
+        run_cell(cell, args)
+    except (RecipeError, DataError) as error:
+        sys.exit(f"{cell.table}, {cell.name!r}: {error}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="tables of experiments/grid.toml; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budget", default="small", help="a budget of experiments/grid.toml (default: small)")
+    parser.add_argument(
+        "--data", type=Path, help="folder with local copies of the data sets; default: they come from the Hub"
+    )
+    parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="what all runs start from")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="where unfinished runs lie")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--list", action="store_true", help="only say which cells there are, and which are finished")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        cells = read_grid(args.budget, args.seeds, args.tables)
+    except RecipeError as error:
+        sys.exit(str(error))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["experiments.run"])
+    for number, cell in enumerate(cells, 1):
+        finished = (args.output / cell.path).exists()
+        print(f"{number} of {len(cells)}: {cell.path}{', finished' if finished else ''}", flush=True)
+        if finished or args.list:
+            continue
+        try:
+            run_apart(cell, args)
+        except RuntimeError as error:
+            sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
