@@ -132,19 +132,21 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> None:
 def train_and_measure(cell: Cell, recipe: Recipe, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Returns what a cell's model costs and gives."""
     resumed = (folder / "recipe.json").exists()
+    started = time.process_time()  # of the processor, not the clock: other processes do not count
     if not (folder / "metrics.json").exists():  # written when the training is over
         train(recipe, folder, resume=resumed)
+    seconds = time.process_time() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
-    cost, run = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("metrics", "run"))
+    metrics, run = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("metrics", "run"))
     model = MultiTaskModel.from_pretrained(folder / "final")
     pipe = MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder / "final"))
     tasks = measure(pipe, recipe, "validation", intervals=True, limit=cell.rows)
     dataset, folder_name, *place = cell.unseen
     unseen = str(args.data / folder_name) if args.data else dataset
     return {
-        "training_seconds": None if resumed else cost["seconds"],
+        "processor_seconds": None if resumed else round(seconds),
         "peak_memory_mb": None if resumed else round(memory),
-        "steps": cost["steps"],
+        "steps": metrics["steps"],
         "trained_parameters": run["trained"],
         "data": run["data"],
         "tasks": tasks,
@@ -175,15 +177,16 @@ def _report_errors(cell: Cell, args: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help="tables of experiments/grid.toml; default: all")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="tables of the grid; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", default="small", help="a budget of experiments/grid.toml (default: small)")
+    parser.add_argument("--budget", default="small", help="a budget of the grid (default: small)")
     parser.add_argument(
         "--data", type=Path, help="folder with local copies of the data sets; default: they come from the Hub"
     )
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="what all runs start from")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="where unfinished runs lie")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--grid", type=Path, default=GRID, help="the file that says what there is to run")
     parser.add_argument("--list", action="store_true", help="only say which cells there are, and which are finished")
     return parser.parse_args()
 
@@ -191,10 +194,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     try:
-        cells = read_grid(args.budget, args.seeds, args.tables)
+        cells = read_grid(args.budget, args.seeds, args.tables, args.grid)
     except RecipeError as error:
         sys.exit(str(error))
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["experiments.run"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["training.train"])  # the slow imports, once
     for number, cell in enumerate(cells, 1):
         finished = (args.output / cell.path).exists()
         print(f"{number} of {len(cells)}: {cell.path}{', finished' if finished else ''}", flush=True)

@@ -1,0 +1,315 @@
+"""Writes what was measured into discussion.md: `python -m experiments.report [--budget small]`.
+
+Between its markers, discussion.md holds a table for each table of experiments/grid.toml that has results, and the tables
+of earlier runs. Pictures go to results/experiments/. Rendering again changes nothing.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from evaluation.plots import COLOURS
+from experiments.run import GRID, RESULTS
+from release.card import ROOT, fill, read
+
+# Readable on white and on black.
+GRAY = "#888888"
+TASKS = ("sentiment", "emotion", "ner", "similarity")
+Result = dict[str, Any]
+# What one run gave, and half of the 95 % interval that other rows of the same kind could have given; None: unknown.
+Value = tuple[float, float | None]
+
+
+def _metric(task: str, key: str) -> Callable[[Result], Value | None]:
+    return lambda result: _measured(result["tasks"].get(task), key)
+
+
+def _measured(found: Result | None, key: str) -> Value | None:
+    if found is None or key not in found["metrics"]:
+        return None
+    low, high = found["intervals"][key]
+    return found["metrics"][key], (high - low) / 2
+
+
+def _cost(key: str, unit: float = 1.0) -> Callable[[Result], Value | None]:
+    return lambda result: None if result.get(key) is None else (result[key] / unit, None)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its title, what it reads from a result, and how many decimals it shows."""
+
+    title: str
+    read: Callable[[Result], Value | None]
+    decimals: int = 3
+
+
+COLUMNS = {
+    "sentiment": Column("sentiment, macro recall", _metric("sentiment", "macro_recall")),
+    "emotion": Column("emotion, macro F1", _metric("emotion", "macro_f1")),
+    "emotion_accuracy": Column("emotion, accuracy", _metric("emotion", "accuracy")),
+    "ner": Column("entity F1", _metric("ner", "f1")),
+    "ner_recall": Column("entity recall", _metric("ner", "recall")),
+    "similarity": Column("STS-B", _metric("similarity", "spearman")),
+    "average": Column("average", lambda result: (result["average"], None)),
+    "kept": Column("neighbours kept", lambda result: _measured(result["drift"], "neighbours_at_10")),
+    "cosine": Column("cosine to the start", lambda result: _measured(result["drift"], "cosine_raw")),
+    "seconds": Column("processor, s", _cost("processor_seconds"), 0),
+    "memory": Column("memory, MB", _cost("peak_memory_mb"), 0),
+    "trained": Column("trained, millions", _cost("trained_parameters", 1e6), 1),
+}
+
+
+def load(budget: str, folder: Path = RESULTS) -> dict[str, dict[str, list[Result]]]:
+    """Returns the results of a budget by table and setting, those of a setting in the order of their seeds."""
+    found: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    results = [json.loads(path.read_text("utf-8")) for path in (folder / budget).glob("*/*.json")]
+    for result in sorted(results, key=lambda result: result["seed"]):
+        found[result["table"]][result["name"]].append(result)
+    return found
+
+
+def rows_of(table: str, grid: dict[str, Any], found: dict[str, dict[str, list[Result]]]) -> dict[str, list[Result]]:
+    """Returns the results of a table's settings in the grid's order, those that it is compared with first."""
+    names = [cell["name"] for cell in grid["tables"][table]["cells"]]
+    rows = {name: found[table][name] for name in names if found.get(table, {}).get(name)}
+    return {**(found.get("base", {}) if grid["tables"][table].get("base") else {}), **rows} if rows else {}
+
+
+def values(results: list[Result], column: Column) -> dict[int, Value]:
+    """Returns a column's values by seed."""
+    read_all = {result["seed"]: column.read(result) for result in results}
+    return {seed: value for seed, value in read_all.items() if value is not None}
+
+
+def differs(values: dict[int, Value], reference: dict[int, Value]) -> bool:
+    """Returns whether two settings differ by more than noise.
+
+    With at least three seeds in common, the 95 % interval of their paired differences must leave out 0; with fewer, the
+    means must lie further apart than half of both bootstrap intervals together, which are of the measured rows.
+    """
+    seeds = sorted(set(values) & set(reference))
+    if not seeds:
+        return False
+    differences = [values[seed][0] - reference[seed][0] for seed in seeds]
+    if len(seeds) >= 3:
+        noise = student.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / sqrt(len(seeds))
+    elif None in (values[seeds[0]][1], reference[seeds[0]][1]):
+        return False
+    else:
+        noise = sqrt(values[seeds[0]][1] ** 2 + reference[seeds[0]][1] ** 2)
+    return bool(abs(statistics.mean(differences)) > noise)
+
+
+def table(name: str, grid: dict[str, Any], found: dict[str, dict[str, list[Result]]], budget: str) -> str:
+    """Returns a table of the grid in Markdown, with the budget and the command above it."""
+    rows = rows_of(name, grid, found)
+    if not rows:
+        return "*Not run yet.*\n"
+    columns = [COLUMNS[key] for key in grid["tables"][name]["columns"]]
+    by_row = {row: [values(results, column) for column in columns] for row, results in rows.items()}
+    references = [next((x[i] for x in by_row.values() if x[i]), {}) for i in range(len(columns))]
+    lines = ["| setting | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row, cells in by_row.items():
+        shown = [_shown(*x) for x in zip(cells, references, columns, strict=True)]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    halves = [[half for x in by_row.values() for _, half in x[i].values() if half] for i in range(len(columns))]
+    shown = [f"*±{statistics.mean(half):.3f}*" if half else "" for half in halves]
+    lines.append("| *half of a single value's 95 % interval* | " + " | ".join(shown) + " |")
+    return f"{heading(name, rows, grid, budget)}\n\n" + "\n".join(lines) + "\n"
+
+
+def _shown(cell: dict[int, Value], reference: dict[int, Value], column: Column) -> str:
+    if not cell:
+        return ""
+    mean = f"{statistics.mean(value for value, _ in cell.values()):.{column.decimals}f}"
+    return f"**{mean}**" if cell is not reference and differs(cell, reference) else mean
+
+
+def heading(name: str, rows: dict[str, list[Result]], grid: dict[str, Any], budget: str) -> str:
+    """Returns how the numbers of a table came about."""
+    seeds = [len(results) for results in rows.values()]
+    count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    return (
+        f"`python -m experiments.run {name} --budget {budget}`: {grid['budgets'][budget]['about']}; mean of {count} "
+        f"seed{'' if max(seeds) == 1 else 's'}."
+    )
+
+
+def conflict_table(grid: dict[str, Any], found: dict[str, dict[str, list[Result]]], budget: str) -> str:
+    """Returns the mean cosine of each pair of losses over the run, once the start is left behind."""
+    rows = rows_of("conflicts", grid, found)
+    if not rows:
+        return "*Not run yet.*\n"
+    pairs = sorted({pair for results in rows.values() for x in results for pair in x["gradients"][0]["cosines"]})
+    lines = ["| the gradients of | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for pair in sorted(pairs, key=lambda pair: len(set(pair.split())), reverse=True):
+        means = [
+            [x["cosines"][pair] for y in results for x in y["gradients"][1:] if pair in x["cosines"]]
+            for results in rows.values()
+        ]
+        first, second = pair.split()
+        title = f"{first}, two halves of its batches" if first == second else f"{first} and {second}"
+        lines.append(
+            f"| {title} | " + " | ".join(f"{statistics.mean(x):+.2f}".replace("-", "−") if x else "" for x in means) + " |"
+        )
+    return f"{heading('conflicts', rows, grid, budget)}\n\n" + "\n".join(lines) + "\n"
+
+
+def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
+    """Returns a Markdown table of the same measures for several runs, given by their column titles.
+
+    A task that was added to the model later is in none of them, and not in the table.
+    """
+    measures = [
+        (f"{task['dataset_name']}, {metric['name']}", name, metric["key"])
+        for name, task in described.items()
+        if any(name in run["tasks"] for run in runs.values())
+        for metric in task["metrics"]
+    ]
+    measures += [
+        ("STS-B, Spearman, starting encoder's own 384", "similarity", "spearman_reference"),
+        ("mean cosine to the starting encoder", "similarity", "cosine_raw"),
+        ("neighbours kept at 10", "similarity", "neighbours_at_10"),
+    ]
+    lines = ["| measure | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    for title, name, key in measures:
+        values = [run["tasks"][name]["metrics"][key] for run in runs.values()]
+        lines.append(f"| {title} | " + " | ".join(f"{x:.3f}" for x in values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def lever_table(found: dict[str, Any]) -> str:
+    """Returns the Markdown table of what single settings change in the validation metrics of a small run.
+
+    Args:
+        found: One entry of results/levers.json: `columns`, metric keys to titles, and `runs`, names to metrics.
+    """
+    columns = found["columns"]
+    lines = ["| setting | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, metrics in found["runs"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{metrics[key]:.3f}" for key in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def render(text: str, budget: str, results: Path = RESULTS) -> str:
+    """Returns discussion.md with all its tables made anew."""
+    grid, found = tomllib.loads(GRID.read_text("utf-8")), load(budget, results)
+    for name, fields in grid["tables"].items():
+        if fields.get("gradients"):
+            text = fill(text, f"experiment-{name}", conflict_table(grid, found, budget))
+        elif "columns" in fields:
+            text = fill(text, f"experiment-{name}", table(name, grid, found, budget))
+    runs = {
+        "heads at 2e-4": read("slow_heads_validation"),
+        "heads at 2e-3": read("fast_heads_validation"),
+        "the release": read("release_validation"),
+    }
+    text = fill(text, "comparison", comparison(runs, read("tasks")))
+    for name, levers in read("levers").items():
+        text = fill(text, f"levers-{name}", lever_table(levers))
+    return text
+
+
+# Pictures
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    """Returns a figure that can be read on a light and on a dark page, and its axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("none")
+    for spine in axes.spines.values():
+        spine.set_color(GRAY)
+    axes.tick_params(colors=GRAY)
+    axes.grid(color=GRAY, alpha=0.25)
+    return figure, axes
+
+
+def _label(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=GRAY)
+    axes.set_ylabel(y, color=GRAY)
+
+
+def _finish(figure: Figure, axes: Any, path: Path) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, labelcolor=GRAY)
+    figure.savefig(path, dpi=110, transparent=True)
+
+
+def draw_trade(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
+    """Draws what the tasks gain against what of the embedding is kept, for all settings that train all tasks."""
+    figure, axes = _axes(8, 5)
+    for colour, name in zip(COLOURS, ("base", "freezing", "preserving"), strict=False):
+        rows = {row: results for row, results in found.get(name, {}).items() if all(len(x["tasks"]) == 4 for x in results)}
+        points = [
+            (statistics.mean(x["drift"]["metrics"]["neighbours_at_10"] for x in r), statistics.mean(x["average"] for x in r))
+            for r in rows.values()
+        ]
+        if points:
+            axes.scatter(*zip(*points, strict=True), color=colour, label=name)
+        for row, point in zip(rows, points, strict=True):
+            axes.annotate(row, point, xytext=(4, 3), textcoords="offset points", fontsize=7, color=GRAY)
+    _label(axes, "neighbours kept, on texts of no task", "average of the four tasks")
+    _finish(figure, axes, path)
+
+
+def draw_sizes(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
+    """Draws emotion's score over the number of its training texts, alone and with the other tasks."""
+    figure, axes = _axes(6, 4)
+    for colour, company in zip(COLOURS, ("alone", "with the others"), strict=False):
+        rows = {
+            int(row.split()[0].replace(",", "")): r for row, r in found.get("sizes", {}).items() if row.endswith(company)
+        }
+        scores = {size: list(values(rows[size], COLUMNS["emotion"]).values()) for size in sorted(rows)}
+        means = [statistics.mean(value for value, _ in x) for x in scores.values()]
+        if scores:
+            halves = [x[0][1] for x in scores.values()]
+            axes.errorbar(list(scores), means, halves, color=colour, marker="o", capsize=3, label=company)
+    axes.set_xscale("log")
+    _label(axes, "tweets of emotion", "macro F1, with its 95 % interval")
+    _finish(figure, axes, path)
+
+
+def draw_conflicts(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
+    """Draws the cosines between the tasks' gradients over a run."""
+    figure, axes = _axes(7, 4)
+    for results, style in zip(found.get("conflicts", {}).values(), ("-", "--"), strict=False):
+        points = results[0]["gradients"]
+        pairs = [pair for pair in points[0]["cosines"] if len(set(pair.split()) - {"drift"}) == 2 and "drift" not in pair]
+        for colour, pair in zip(COLOURS, sorted(pairs), strict=False):
+            label = pair.replace(" ", " and ") if style == "-" else None
+            axes.plot([x["step"] for x in points], [x["cosines"][pair] for x in points], style, color=colour, label=label)
+    axes.axhline(0, color=GRAY, linewidth=1)
+    _label(axes, "step (dashed: nothing preserved)", "cosine of gradients")
+    _finish(figure, axes, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", default="small")
+    args = parser.parse_args()
+    path = ROOT / "discussion.md"
+    try:
+        path.write_text(render(path.read_text("utf-8"), args.budget), "utf-8")
+    except ValueError as error:
+        sys.exit(f"{path}: {error}")
+    found = load(args.budget)
+    for draw in (draw_trade, draw_sizes, draw_conflicts):
+        draw(found, RESULTS / f"{draw.__name__.removeprefix('draw_')}.png")
+    print("discussion.md and the pictures in results/experiments/ show the results")
+
+
+if __name__ == "__main__":
+    main()
