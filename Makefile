@@ -1,4 +1,4 @@
-.PHONY: install lint test smoke train single evaluate onnx bench card check
+.PHONY: install lint test smoke train single evaluate onnx bench experiments demo card check publish
 # A folder with local copies of the data sets; empty: they come from the Hub.
 DATA ?=
 # The starting encoder, a Hub id or a folder.
@@ -16,6 +16,7 @@ install:
 lint:
 	ruff check .
 	ruff format --check .
+	mypy
 
 test:
 	pytest
@@ -48,8 +49,21 @@ onnx:
 bench:
 	python -m benchmarks.run $(FROM_DATA)
 
+# The small grid behind discussion.md, about six hours on two cores; it continues where it was.
+experiments:
+	python -m experiments.run --encoder $(ENCODER) $(FROM_DATA)
+	python -m experiments.report
+
+# The page to try the model in a browser.
+demo:
+	python -m demo.app
+
 card:
 	python -m release.card
 
 check:
 	python -m release.check .
+
+# To the Hub: REPO=user/name, and TAG=v1.0 if wanted. Log in with `hf auth login` first.
+publish:
+	python -m release.publish $(REPO) $(if $(TAG),--revision $(TAG))

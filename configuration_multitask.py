@@ -7,10 +7,12 @@ documented in `MultiTaskConfig`. Libraries that do not know this code therefore 
 import copy
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -33,11 +35,21 @@ AUTO_MAP = {
 CUSTOM_PIPELINES = {"multitask": {"impl": "pipeline_multitask.MultiTaskPipeline", "pt": ["AutoModel"]}}
 
 _TASK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+# Far above any real encoder: a broken file must not keep Python busy for hours with making lists and layers.
+_GREATEST_COUNTS = {"num_hidden_layers": 256, "num_labels": 100_000}
 
 
 def is_number(value: object) -> bool:
-    """Returns whether `value` is an int or float and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Returns whether `value` is a finite int or float, no bool and not too great for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_inside(value: object, suffix: str) -> bool:
+    """Returns whether `value` names a file by a relative path that ends in `suffix` and cannot leave its folder."""
+    if not isinstance(value, str) or not value.endswith(suffix) or not value.isprintable():
+        return False
+    path = PurePosixPath(value)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in value and ":" not in value
 
 
 def check_task_name(name: Any) -> None:
@@ -106,8 +118,8 @@ class TaskSpec:
         modes = (None, *POOLING_MODES) if self.kind == SEQUENCE else (None,)
         self._require(self.pooling_mode in modes, "pooling_mode", f"null, or for a text {', '.join(POOLING_MODES)}")
         temperature, weight = self.temperature, self.loss_weight
-        self._require(is_number(temperature) and 0 < temperature < float("inf"), "temperature", "a positive number")
-        self._require(is_number(weight) and 0 <= weight < float("inf"), "loss_weight", "a number of at least 0")
+        self._require(is_number(temperature) and temperature > 0, "temperature", "a positive number")
+        self._require(is_number(weight) and weight >= 0, "loss_weight", "a number of at least 0")
 
     @property
     def is_bio(self) -> bool:
@@ -202,21 +214,22 @@ class MultiTaskConfig(PreTrainedConfig):
                 f"model_type is {model_type!r}; allowed: the model type of an encoder that AutoModel knows, "
                 "for instance 'bert', 'roberta', 'distilbert', 'modernbert' or 'xlm-roberta'."
             )
-        native = CONFIG_MAPPING[model_type](**kwargs)
-        self.attribute_map = native.attribute_map  # hidden_size is `dim` in DistilBERT, and so on
-        super().__init__(**{**kwargs, **native.to_dict()})
+        _check_encoder_fields(model_type, kwargs)
+        try:
+            native = CONFIG_MAPPING[model_type](**kwargs)
+            self.attribute_map = native.attribute_map  # hidden_size is `dim` in DistilBERT, and so on
+            super().__init__(**{**kwargs, **native.to_dict()})
+        except Exception as error:  # every library below has its own types
+            raise ValueError(f"The fields are not those of a {model_type!r} encoder: {error}") from error
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(f"dtype is {self.dtype!r}; allowed: null or a floating-point type such as 'float32'.")
         self.model_type = model_type
         self.pooling_mode = pooling_mode
         self.embedding_dim = embedding_dim
         self.tasks = {} if tasks is None else tasks
-        self.check()
         if multitask_weights is not None:
-            if not isinstance(multitask_weights, str) or not multitask_weights.endswith(".safetensors.index.json"):
-                raise ValueError(
-                    f"multitask_weights is {multitask_weights!r}; allowed: the name of an index file inside the "
-                    "model folder that ends in '.safetensors.index.json'."
-                )
             self.transformers_weights = multitask_weights  # what PreTrainedModel.from_pretrained reads
+        self.check()
 
     def check(self) -> None:
         """Checks this class's own fields, which may have been set after construction.
@@ -229,6 +242,12 @@ class MultiTaskConfig(PreTrainedConfig):
         dim = self.embedding_dim
         if dim is not None and (type(dim) is not int or dim < 1):
             raise ValueError(f"embedding_dim is {dim!r}; allowed: a positive integer, or null for no projection.")
+        index = getattr(self, "transformers_weights", None)
+        if index is not None and not is_inside(index, ".safetensors.index.json"):
+            raise ValueError(
+                f"multitask_weights is {index!r}; allowed: the name of an index file inside the model folder that ends "
+                "in '.safetensors.index.json'."
+            )
         self.set_tasks(self.tasks)
 
     def set_tasks(self, tasks: dict[str, dict[str, Any]]) -> None:
@@ -276,12 +295,19 @@ class MultiTaskConfig(PreTrainedConfig):
         return names[0] if name is None else name
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "MultiTaskConfig":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MultiTaskConfig":
         """Returns the configuration stored in a folder or on the Hub; takes what `PreTrainedConfig` takes.
 
         The base method would warn that the file's model type is the encoder's and not this class's.
+
+        Raises:
+            ValueError: A field has a wrong type or value, or the file holds no JSON object.
         """
-        fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            fields = dict(fields)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json holds no JSON object: {error}") from error
         return cls.from_dict(fields, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -308,6 +334,17 @@ class MultiTaskConfig(PreTrainedConfig):
         """Returns the JSON text with the tasks in their order, which says what the default task of a kind is."""
         fields = json.loads(super().to_json_string(use_diff))
         return json.dumps({**fields, "tasks": self.tasks}, indent=2) + "\n"
+
+
+def _check_encoder_fields(model_type: str, fields: dict[str, Any]) -> None:
+    """Raises a ValueError if a field would replace a method, or is a count, under any name of it, beyond all reason."""
+    if methods := sorted(name for name in fields if callable(getattr(MultiTaskConfig, name, None))):
+        raise ValueError(f"The fields {methods} are names of methods of the configuration; rename or remove them.")
+    aliases = CONFIG_MAPPING[model_type].attribute_map
+    for name, greatest in _GREATEST_COUNTS.items():
+        for field in {name, aliases.get(name, name)} & set(fields):
+            if isinstance(fields[field], int) and fields[field] > greatest:
+                raise ValueError(f"{field} is {fields[field]!r}; allowed: at most {greatest}.")
 
 
 MultiTaskConfig.register_for_auto_class(AutoConfig.__name__)

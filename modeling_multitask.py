@@ -11,9 +11,10 @@ import inspect
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,10 @@ from transformers.utils import cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 try:
-    from .configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+    if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
+        from .configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec, is_inside
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+    from configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec, is_inside
 
 logger = logging.get_logger(__name__)
 
@@ -93,6 +95,12 @@ def pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
     return (total / (norm.sqrt() if mode == "mean_sqrt_len_tokens" else norm)).to(hidden.dtype)
 
 
+def mix_layers(weights: Tensor, hidden_states: tuple[Tensor, ...]) -> Tensor:
+    """Returns the sum of the L + 1 layers' token vectors by the softmax of `weights`, float [B, T, H]."""
+    weighted = [weight * layer for weight, layer in zip(weights.softmax(dim=0), hidden_states, strict=True)]
+    return sum(weighted[1:], start=weighted[0])
+
+
 class CasingEmbedding(nn.Module):
     """A vector for how each word is written, seen together with its two neighbours on either side.
 
@@ -122,11 +130,6 @@ class TaskHead(nn.Module):
         self.dense = nn.Linear(features, spec.hidden_dim) if spec.hidden_dim else None
         self.dropout = nn.Dropout(spec.classifier_dropout)
         self.classifier = nn.Linear(spec.hidden_dim or features, len(spec.labels))
-
-    def mix(self, hidden_states: tuple[Tensor, ...]) -> Tensor:
-        """Returns the softmax-weighted sum of the L + 1 layers' token vectors, float [B, T, H]."""
-        weights = self.layer_weights.softmax(dim=0)
-        return sum(weight * layer for weight, layer in zip(weights, hidden_states, strict=True))
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns logits, float [..., C], for features [..., H]."""
@@ -172,6 +175,7 @@ class MultiTaskModel(PreTrainedModel):
 
     config_class = MultiTaskConfig
     supports_gradient_checkpointing = True
+    hub_options: dict[str, Any] = {}  # revision and the like, with which `from_pretrained` was called
     accepts_loss_kwargs = False  # the loss is a mean per task: the Trainer must not rescale it by item counts
     # The encoder checks each of these for itself when it is built.
     _supports_sdpa = True
@@ -194,6 +198,9 @@ class MultiTaskModel(PreTrainedModel):
 
     def _new_head(self, spec: TaskSpec) -> TaskHead:
         return TaskHead(spec, self.config.hidden_size, self.config.num_hidden_layers)
+
+    def _head(self, name: str) -> TaskHead:
+        return cast(TaskHead, self.heads[name])
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -252,8 +259,9 @@ class MultiTaskModel(PreTrainedModel):
         names = self._requested(tasks, labels)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        mixing = any(self.heads[name].layer_weights is not None for name in names)
-        inputs = {
+        heads = {name: self._head(name) for name in names}
+        mixing = any(head.layer_weights is not None for head in heads.values())
+        inputs: dict[str, Any] = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds, "output_attentions": output_attentions,
         }  # fmt: skip
@@ -269,16 +277,16 @@ class MultiTaskModel(PreTrainedModel):
         casing = torch.zeros_like(mask) if casing_ids is None else casing_ids  # 0: unknown
         if casing.shape != mask.shape:
             raise ValueError(f"casing_ids have shape {list(casing.shape)}; the input has {list(mask.shape)} tokens.")
-        logits = {name: self.head_logits(self.heads[name], encoded, pooled, mask, casing) for name in names}
-        task_losses = {name: task_loss(self.heads[name].spec, logits[name], y) for name, y in (labels or {}).items()}
+        logits = {name: self.head_logits(head, encoded, pooled, mask, casing) for name, head in heads.items()}
+        task_losses = {name: task_loss(heads[name].spec, logits[name], y) for name, y in (labels or {}).items()}
         embedding = pooled if self.linear is None else self.linear(pooled)  # [B, E]
-        weighted = [self.heads[name].spec.loss_weight * loss for name, loss in task_losses.items()]
+        weighted = [heads[name].spec.loss_weight * loss for name, loss in task_losses.items()]
         return MultiTaskOutput(
             last_hidden_state=hidden,
             # In float32: half precision cannot hold the bound that keeps a zero vector zero.
             sentence_embedding=F.normalize(embedding.float(), dim=-1).to(embedding.dtype),
             logits=logits,
-            loss=sum(weighted) if weighted else None,
+            loss=sum(weighted[1:], start=weighted[0]) if weighted else None,
             task_losses=task_losses or None,
             hidden_states=encoded.hidden_states if output_hidden_states else None,
             attentions=encoded.attentions,
@@ -294,10 +302,10 @@ class MultiTaskModel(PreTrainedModel):
             raise ValueError(f"labels are given for {unused}; the tasks computed here are: {', '.join(names) or 'none'}.")
         return names
 
-    def _check_length(self, inputs: dict[str, Tensor]) -> None:
+    def _check_length(self, inputs: dict[str, Any]) -> None:
         if "input_ids" not in inputs and "inputs_embeds" not in inputs:
             raise ValueError("Neither input_ids nor inputs_embeds is given; the encoder needs one of them.")
-        length, limit = inputs.get("input_ids", inputs.get("inputs_embeds")).shape[1], self.max_length
+        length, limit = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1], self.max_length
         if not torch.compiler.is_compiling() and limit is not None and length > limit:
             raise ValueError(
                 f"The input has {length} tokens; this encoder takes {limit}. Tokenize with truncation=True, or use "
@@ -314,10 +322,11 @@ class MultiTaskModel(PreTrainedModel):
             mask: int [B, T].
             casing_ids: int [B, T], see `forward`.
         """
-        hidden = encoded.last_hidden_state if head.layer_weights is None else head.mix(encoded.hidden_states)  # [B, T, H]
+        weights = head.layer_weights
+        hidden = encoded.last_hidden_state if weights is None else mix_layers(weights, encoded.hidden_states)  # [B, T, H]
         if head.spec.kind == TOKEN:
             return head(hidden if head.casing is None else torch.cat([hidden, head.casing(casing_ids, mask)], dim=-1))
-        if head.layer_weights is not None or head.spec.pooling_mode is not None:
+        if weights is not None or head.spec.pooling_mode is not None:
             pooled = pool(hidden, mask, head.spec.pooling_mode or self.config.pooling_mode)
         return head(pooled)
 
@@ -366,6 +375,7 @@ class MultiTaskModel(PreTrainedModel):
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
             kwargs = {**kwargs, **hub}
         weight_map = _read_weight_map(pretrained_model_name_or_path, config, hub)
+        _refuse(pretrained_model_name_or_path, _misfits(pretrained_model_name_or_path, weight_map, config, hub))
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -378,9 +388,9 @@ class MultiTaskModel(PreTrainedModel):
         except (OSError, SafetensorError) as error:
             files = sorted(set(weight_map.values())) or ["model.safetensors"]
             raise WeightsError(_unreadable(pretrained_model_name_or_path, files, hub, error)) from error
-        if problems := _loading_problems(info, weight_map, config):
-            raise WeightsError("\n  ".join([f"{pretrained_model_name_or_path} is not a whole model:", *problems]))
-        return (model, info) if with_info else model
+        _refuse(pretrained_model_name_or_path, _loading_problems(info, weight_map, config))
+        model.hub_options = hub
+        return (model, info) if with_info else model  # type: ignore[return-value]  # a pair on request, as everywhere
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a checkpoint: all weights unsplit, and the code. Save the tokenizer beside it.
@@ -398,6 +408,14 @@ class MultiTaskModel(PreTrainedModel):
             )
         super().save_pretrained(save_directory, **kwargs)
         self._save_pipeline_code(save_directory)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Uploads a checkpoint, see `save_pretrained`, and says that it is no release; returns what the base method does."""
+        logger.warning(
+            f"{repo_id} gets a checkpoint. SentenceTransformer cannot give its sentence embedding: it takes the mean of the "
+            "encoder alone. Write a release with `python -m release.export` and publish it with `python -m release.publish`."
+        )
+        return super().push_to_hub(repo_id, *args, **kwargs)
 
     def _save_pipeline_code(self, save_directory: str | Path) -> None:
         """Copies the pipeline's file, which transformers does not count as the model's.
@@ -439,7 +457,7 @@ class _HeadView(MultiTaskModel):
         config.tasks = {self.task: config.tasks[self.task], **config.tasks}
         _refuse_other_labels(config, self.task)
         super().__init__(config)
-        spec = self.heads[self.task].spec
+        spec = self._head(self.task).spec
         self.config.id2label = dict(enumerate(spec.labels))
         self.config.label2id = {label: i for i, label in enumerate(spec.labels)}
         self.config.problem_type = spec.problem_type
@@ -471,7 +489,7 @@ class _HeadView(MultiTaskModel):
         The arguments are those of `MultiTaskModel.forward`, `labels` those of the one task. Texts beyond the encoder's
         length lose their end, with a warning: the standard pipelines do not truncate by themselves.
         """
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds, "casing_ids": casing_ids,
         }  # fmt: skip
@@ -536,11 +554,10 @@ def check_weight_map(index: Any, source: str) -> dict[str, str]:
     """
     fields = index if isinstance(index, dict) else {}
     weight_map = fields.get("weight_map")
-    if not isinstance(fields.get("metadata"), dict) or not isinstance(weight_map, dict):
-        raise WeightsError(f"{source}: needs the objects 'metadata' and 'weight_map' at its root.")
+    if not isinstance(fields.get("metadata"), dict) or not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{source}: needs the objects 'metadata' and 'weight_map' at its root, the latter not empty.")
     for key, file in weight_map.items():
-        path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath("..")
-        if path.is_absolute() or ".." in path.parts or "\\" in str(file) or path.suffix != ".safetensors":
+        if not is_inside(file, ".safetensors"):
             raise WeightsError(
                 f"{source}: weight_map[{key!r}] is {file!r}; allowed: a *.safetensors file inside the model's folder."
             )
@@ -553,7 +570,7 @@ def _read_weight_map(folder: str | Path | None, config: MultiTaskConfig, hub: di
         return {}
     try:
         return check_weight_map(json.loads(Path(cached_file(folder, index_name, **hub)).read_text("utf-8")), index_name)
-    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
+    except (OSError, RecursionError, ValueError) as error:  # no such file, JSON nested too deep, no JSON or no UTF-8
         raise WeightsError(
             f"{index_name}, which config.json names in 'multitask_weights', is unreadable: {error}"
         ) from error
@@ -570,6 +587,54 @@ def _unreadable(folder: str | Path, files: list[str], hub: dict[str, Any], error
     return f"{folder}: the weights could not be read: {error}"
 
 
+def blank_model(config: MultiTaskConfig) -> MultiTaskModel:
+    """Returns the model that a configuration describes, on the meta device, where weights have shapes and no numbers.
+
+    Raises:
+        ValueError: A field is not allowed.
+        WeightsError: No encoder can be built from its fields.
+    """
+    try:
+        with torch.device("meta"):
+            return MultiTaskModel(copy.deepcopy(config))
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # of as many types as there are encoders
+        raise WeightsError(f"config.json describes no model that can be built: {error!r}") from error
+
+
+def _misfits(
+    folder: str | Path | None, weight_map: dict[str, str], config: MultiTaskConfig, hub: dict[str, Any]
+) -> list[str]:
+    """Returns one line for each stored weight that has another shape or kind of number than the configuration asks for.
+
+    This is known before loading, which would make room for whatever a broken configuration asks for. A file that cannot
+    be read is left to it, and so are quantized weights, whose shapes differ by nature.
+    """
+    if folder is None or getattr(config, "quantization_config", None) is not None:
+        return []
+    blank, problems = blank_model(config), []
+    prefix = f"{blank.base_model_prefix}."
+    described = {name: x for key, x in blank.state_dict().items() for name in (key, key.removeprefix(prefix))}
+    for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
+        with suppress(OSError, SafetensorError), safe_open(cached_file(folder, file, **hub), framework="pt") as weights:
+            for key in set(weights.keys()) & set(described):
+                stored, expected = weights.get_slice(key), described[key]
+                if stored.get_shape() != list(expected.shape):
+                    problems.append(_shape_problem(key, file, stored.get_shape(), expected.shape, config))
+                elif expected.is_floating_point() != stored.get_dtype().startswith(("F", "BF")):
+                    problems.append(
+                        f"{key}: {file} holds numbers of type {stored.get_dtype()}, a weight is of {expected.dtype}"
+                    )
+    return sorted(problems)
+
+
+def _shape_problem(key: str, file: str, stored: Iterable[int], expected: Iterable[int], config: MultiTaskConfig) -> str:
+    problem = f"{key}: {file} holds shape {list(stored)}, config.json asks for {list(expected)}"
+    task = key.split(".")[1] if key.startswith("heads.") else None
+    return problem if task is None else f"{problem} (tasks.{task}.labels has {len(config.tasks[task]['labels'])} labels)"
+
+
 def _loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: MultiTaskConfig) -> list[str]:
     """Returns one line for each weight that did not load as it should."""
 
@@ -578,13 +643,15 @@ def _loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: 
 
     problems = [f"{key}: missing in {where(key)}" for key in sorted(info["missing_keys"])]
     problems += [f"{key}: stored, but config.json describes no such weight" for key in sorted(info["unexpected_keys"])]
-    for key, stored, expected in sorted(info["mismatched_keys"]):
-        problem = f"{key}: {where(key)} holds shape {list(stored)}, config.json asks for {list(expected)}"
-        if key.startswith("heads."):
-            task = key.split(".")[1]
-            problem += f" (tasks.{task}.labels has {len(config.tasks[task]['labels'])} labels)"
-        problems.append(problem)
-    return problems
+    return problems + [
+        _shape_problem(key, where(key), stored, expected, config)
+        for key, stored, expected in sorted(info["mismatched_keys"])
+    ]
+
+
+def _refuse(folder: str | Path | None, problems: list[str]) -> None:
+    if problems:
+        raise WeightsError("\n  ".join([f"{folder} is not a whole model:", *problems]))
 
 
 MultiTaskModel.register_for_auto_class("AutoModel")

@@ -7,7 +7,7 @@ else serves the model call it. Axes: W words, C labels, E embedding.
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file
 
 try:
-    from .configuration_multitask import CASINGS
+    if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
+        from .configuration_multitask import CASINGS
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
     from configuration_multitask import CASINGS
 
@@ -108,7 +109,7 @@ class Window:
         words: For each word: index of its first token, and its character span in the text.
         casings: For each token, how its word is written, see `word_casing`; empty if no words were looked for.
         context: For each word, the number of tokens to the nearer edge of the window, where the text goes on there.
-        embedding: float [E].
+        embedding: float [E], once the model has read the window.
         logits: Maps each task to float [C], or [W, C] for token tasks.
     """
 
@@ -117,7 +118,7 @@ class Window:
     words: list[tuple[int, Span]] = field(default_factory=list)
     casings: list[int] = field(default_factory=list)
     context: list[float] = field(default_factory=list)
-    embedding: np.ndarray | None = None
+    embedding: np.ndarray = field(init=False, repr=False)
     logits: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -224,7 +225,7 @@ class OnnxModel:
             raise ValueError(f"backend is {backend!r}; it needs onnxruntime: pip install onnxruntime") from error
         source, file = model.name_or_path, ONNX_FILES[backend]
         try:
-            path = cached_file(source, file, revision=getattr(model.config, "_commit_hash", None))
+            path = cached_file(source, file, **model.hub_options)
         except OSError as error:
             raise ValueError(
                 f"backend is {backend!r}; {source} holds no {file}. Write it with: python -m release.onnx {source}"
@@ -295,7 +296,7 @@ class MultiTaskPipeline(Pipeline):
         embedding: bool | None = None,
         batch_tokens: int | None = None,
         **unknown: Any,
-    ) -> tuple[dict, dict, dict]:
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise ValueError(
                 f"unknown options {sorted(unknown)}; the multitask pipeline takes tasks, embedding and batch_tokens (tokens "
@@ -303,9 +304,9 @@ class MultiTaskPipeline(Pipeline):
             )
         if tasks is not None:
             tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-            if unknown := [name for name in tasks if name not in self.model.config.tasks]:
+            if missing := [name for name in tasks if name not in self.model.config.tasks]:
                 known = ", ".join(self.model.config.tasks) or "none"
-                raise ValueError(f"tasks holds {unknown}; this model's tasks are: {known}.")
+                raise ValueError(f"tasks holds {missing}; this model's tasks are: {known}.")
         if batch_tokens is not None and (not isinstance(batch_tokens, int) or batch_tokens < 1):
             raise ValueError(f"batch_tokens is {batch_tokens!r}; allowed: a positive integer.")
         given = {"tasks": tasks, "embedding": embedding, "batch_tokens": batch_tokens}
@@ -396,6 +397,7 @@ class MultiTaskPipeline(Pipeline):
             by_text[window.text].append(window)
         specs = self.model.config.task_specs
         records: list[Record] = [{} for _ in texts]
+        found: list[Any]
         if embedding:
             for record, group in zip(records, by_text, strict=True):
                 mean = mean_over_windows(group, [window.embedding for window in group])

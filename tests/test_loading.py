@@ -25,6 +25,7 @@ from transformers import (
 
 from configuration_multitask import POOLING_MODES
 from modeling_multitask import MultiTaskForTokenClassification, MultiTaskModel, WeightsError
+from release import onnx as release_onnx
 from release.export import export
 from tests.conftest import ENCODERS, ROOT, TASKS, TEXTS, write_release
 from tests.loopback_hub import LoopbackHub
@@ -209,6 +210,47 @@ def test_all_ways_agree_through_a_hub_with_an_empty_cache_and_a_pinned_revision(
     for key, value in found.items():
         if value.dtype.kind == "f":
             np.testing.assert_allclose(value, local_outputs[key], atol=1e-6, rtol=1e-6, err_msg=key)
+
+
+BACKEND = """
+import sys
+from transformers import pipeline
+options = {"revision": sys.argv[1]} if sys.argv[1:] else {}
+pipe = pipeline("multitask", model="user/tiny", trust_remote_code=True, device="cpu", backend="onnx", **options)
+print(pipe("so sad")["sentence_embedding"].tolist())
+"""
+
+
+def test_an_export_comes_from_the_pinned_revision(hub, release, tmp_path, pipe):
+    pytest.importorskip("onnxruntime")
+    folder = shutil.copytree(release, tmp_path / "exported")
+    release_onnx.export(folder, folder)
+    commit = upload(hub, folder, tmp_path / "uploader")
+    environment = hub.env(tmp_path / "reader")
+    run = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    pinned = run([sys.executable, "-c", BACKEND, commit])
+    assert pinned.returncode == 0, pinned.stderr
+    np.testing.assert_allclose(json.loads(pinned.stdout), pipe("so sad")["sentence_embedding"], atol=1e-4)
+    command = [sys.executable, "-c", DELETE]
+    subprocess.run(command, env=hub.env(tmp_path / "uploader"), check=True, timeout=120, capture_output=True)
+    newest = run([sys.executable, "-c", BACKEND])
+    assert newest.returncode and "user/tiny holds no onnx/model.onnx. Write it with" in newest.stderr
+
+
+DELETE = 'from huggingface_hub import HfApi; HfApi().delete_file("onnx/model.onnx", "user/tiny")'
+
+PUSH = """
+import sys
+from transformers import AutoModel
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub("user/pushed")
+"""
+
+
+def test_pushing_a_checkpoint_says_that_it_is_no_release(hub, release, tmp_path):
+    command = [sys.executable, "-c", PUSH, str(release)]
+    done = subprocess.run(command, env=hub.env(tmp_path), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "user/pushed gets a checkpoint" in done.stderr
+    assert "python -m release.publish" in done.stderr
 
 
 # Without trust

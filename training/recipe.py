@@ -1,7 +1,6 @@
 """Recipes: one TOML file says all of a training run; `Recipe.read` checks it whole and reports everything wrong at once."""
 
 import dataclasses
-import math
 import re
 import tomllib
 import types
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configuration_multitask import KINDS, SEQUENCE, TOKEN, TaskSpec, check_task_name
+from configuration_multitask import KINDS, SEQUENCE, TOKEN, TaskSpec, check_task_name, is_number
 
 SCORED_PAIRS, POSITIVE_PAIRS, TRIPLETS = "scored_pairs", "positive_pairs", "triplets"
 EMBEDDING_KINDS = (SCORED_PAIRS, POSITIVE_PAIRS, TRIPLETS)  # these train the embedding, and have no head
@@ -251,7 +250,7 @@ class Recipe:
         """
         try:
             fields = tomllib.loads(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, RecursionError, ValueError) as error:
             raise RecipeError(f"{path} cannot be read: {error}") from error
         for setting in overrides:
             _override(fields, setting)
@@ -296,7 +295,7 @@ def _override(fields: dict[str, Any], setting: str) -> None:
         raise RecipeError(f"--set {setting}: it must have the form section.key=value, such as run.seed=7")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of thousands of digits
         value = text.strip()
     for section in sections:
         fields = fields.setdefault(section, {})
@@ -318,7 +317,7 @@ def _build(kind: Any, value: Any, place: str, problems: list[str]) -> Any:
         return [_build(arguments[0], item, f"{place}[{i}]", problems) for i, item in enumerate(value)]
     if kind is Any or type(value) is kind:
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and is_number(value):
         return float(value)
     name = "table" if dataclasses.is_dataclass(kind) or origin is dict else getattr(origin or kind, "__name__", str(kind))
     problems.append(f"{place} is {value!r}; it must be of type {name}")
@@ -404,7 +403,7 @@ def _choice(path: str, value: str, allowed: Iterable[str]) -> list[str]:
 
 
 def _range(path: str, value: float | None, least: float, greatest: float | None) -> list[str]:
-    if value is None or (math.isfinite(value) and least <= value <= (value if greatest is None else greatest)):
+    if value is None or (is_number(value) and least <= value <= (value if greatest is None else greatest)):
         return []
     return [
         f"{path} is {value}; it must be at least {least} and " + ("finite" if greatest is None else f"at most {greatest}")
