@@ -1,5 +1,5 @@
-"""Writes measured results into the documents: `python -m release.card [FOLDER]` renders results/ into README.md and
-discussion.md of a release folder, by default of this repository.
+"""Writes measured results into the card: `python -m release.card [FOLDER]` renders results/ into README.md of a release
+folder, by default of this repository. (discussion.md is written by `python -m experiments.report`.)
 
 Of the card's metadata, the data sets and the model-index are rendered; what else stands there stays. The tables between
 markers are rendered whole, so running it again changes nothing.
@@ -38,7 +38,9 @@ def can_render(folder: Path) -> bool:
     return all(path.is_file() for path in paths) and _MARKER in paths[-1].read_text("utf-8")
 
 
-def metadata(card: str, name: str, results: dict[str, Any], described: dict[str, Any]) -> str:
+def metadata(
+    card: str, name: str, results: dict[str, Any], described: dict[str, Any], training: dict[str, Any] | None = None
+) -> str:
     """Returns a card's YAML metadata with the data sets and the results made anew.
 
     Args:
@@ -46,6 +48,7 @@ def metadata(card: str, name: str, results: dict[str, Any], described: dict[str,
         name: The model's name, if the card does not say it yet.
         results: The content of results/release.json.
         described: That of results/tasks.json.
+        training: That of results/training.json, if there is one.
     """
     found = _METADATA.match(card)
     fields = yaml.safe_load(found[1]) if found else {}
@@ -68,6 +71,8 @@ def metadata(card: str, name: str, results: dict[str, Any], described: dict[str,
     ]
     # A data set without an owner is a local one: the Hub could not link to it.
     fields["datasets"] = sorted({task["dataset"] for task in described.values() if "/" in task["dataset"]})
+    if training:
+        fields["co2_eq_emissions"] = emissions(training)
     return f"---\n{ModelCardData(**fields, model_name=name, eval_results=evaluations).to_yaml()}\n---\n"
 
 
@@ -84,29 +89,6 @@ def table(results: dict[str, Any], described: dict[str, Any]) -> str:
             value = f"**{found['metrics'][metric['key']]:.3f}**"
             rows = f"{task['dataset_name']} ({found['rows']:,}{split})"
             lines.append(f"| {task['title']} | {rows} | {metric['name']} | {value} | {'; '.join(others)} |")
-    return "\n".join(lines) + "\n"
-
-
-def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
-    """Returns a Markdown table of the same measures for several runs, given by their column titles.
-
-    A task that was added to the model later is in none of them, and not in the table.
-    """
-    measures = [
-        (f"{task['dataset_name']}, {metric['name']}", name, metric["key"])
-        for name, task in described.items()
-        if any(name in run["tasks"] for run in runs.values())
-        for metric in task["metrics"]
-    ]
-    measures += [
-        ("STS-B, Spearman, starting encoder's own 384", "similarity", "spearman_reference"),
-        ("mean cosine to the starting encoder", "similarity", "cosine_raw"),
-        ("neighbours kept at 10", "similarity", "neighbours_at_10"),
-    ]
-    lines = ["| measure | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
-    for title, name, key in measures:
-        values = [run["tasks"][name]["metrics"][key] for run in runs.values()]
-        lines.append(f"| {title} | " + " | ".join(f"{x:.3f}" for x in values) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -189,17 +171,30 @@ def backend_table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def lever_table(found: dict[str, Any]) -> str:
-    """Returns the Markdown table of what single settings change in the validation metrics of a small run.
+def emissions(training: dict[str, Any]) -> dict[str, Any]:
+    """Returns the Hub's metadata on what the training emitted, in grams: time × power × the grid's intensity."""
+    hours, kilowatts = training["seconds"] / 3600, training["watts"] / 1000
+    return {
+        "emissions": round(hours * kilowatts * training["grams_per_kwh"]),
+        "source": f"estimated from the run's time, {training['watts_source']} and {training['grams_source']}",
+        "training_type": "fine-tuning",
+        "hardware_used": training["hardware_used"],
+    }
+
+
+def training_text(training: dict[str, Any]) -> str:
+    """Returns the Markdown sentences on what the training took.
 
     Args:
-        found: One entry of results/levers.json: `columns`, metric keys to titles, and `runs`, names to metrics.
+        training: The content of results/training.json: `seconds`, `steps`, `hardware_used`, and the two assumptions, `watts`
+            with `watts_source` and `grams_per_kwh` with `grams_source`.
     """
-    columns = found["columns"]
-    lines = ["| setting | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, metrics in found["runs"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{metrics[key]:.3f}" for key in columns) + " |")
-    return "\n".join(lines) + "\n"
+    hours = training["seconds"] / 3600
+    return (
+        f"{training['steps']:,} steps took {hours:.1f} hours on {training['hardware_used']}. That is about "
+        f"{hours * training['watts']:,.0f} Wh at {training['watts']} W ({training['watts_source']}), and "
+        f"{emissions(training)['emissions']:,} g of CO₂ at {training['grams_per_kwh']} g/kWh ({training['grams_source']}).\n"
+    )
 
 
 def _with_interval(found: dict[str, Any], key: str) -> str:
@@ -231,36 +226,25 @@ def render_card(card: str, folder: Path = ROOT) -> str:
     for name, render in (("benchmarks", speed_table), ("onnx", backend_table)):
         if (folder / f"results/{name}.json").exists():
             text = fill(text, name, render(read(name, folder)))
-    return metadata(card, folder.resolve().name, results, described) + text
-
-
-def render_discussion(text: str, folder: Path = ROOT) -> str:
-    """Returns a folder's discussion.md with its tables made anew."""
-    runs = {
-        "heads at 2e-4": read("slow_heads_validation", folder),
-        "heads at 2e-3": read("fast_heads_validation", folder),
-        "the release": read("release_validation", folder),
-    }
-    text = fill(text, "comparison", comparison(runs, read("tasks", folder)))
-    for name, found in read("levers", folder).items():
-        text = fill(text, f"levers-{name}", lever_table(found))
-    return text
+    training = read("training", folder) if (folder / "results/training.json").exists() else None
+    if training:
+        text = fill(text, "training", training_text(training))
+    return metadata(card, folder.resolve().name, results, described, training) + text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT)
     folder = parser.parse_args().folder
-    for name, render in (("README.md", render_card), ("discussion.md", render_discussion)):
-        path = folder / name
-        if not path.exists():
-            print(f"{path} does not exist, and is not made")
-            continue
-        try:
-            path.write_text(render(path.read_text("utf-8"), folder), "utf-8")
-        except ValueError as error:
-            sys.exit(f"{path}: {error}")
-        print(f"{name} holds the numbers of results/")
+    path = folder / "README.md"
+    if not path.exists():
+        print(f"{path} does not exist, and is not made")
+        return
+    try:
+        path.write_text(render_card(path.read_text("utf-8"), folder), "utf-8")
+    except ValueError as error:
+        sys.exit(f"{path}: {error}")
+    print(f"{path} holds the numbers of results/")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,30 @@
-"""Lints a release folder: `python -m release.check FOLDER` lists what is wrong with it and fails if anything is."""
+"""Lints a release folder: `python -m release.check FOLDER` lists what is wrong with it and fails if anything is.
+
+If picklescan is installed (`pip install picklescan`), it looks through every file too.
+"""
 
 import argparse
 import json
+import logging
+import os
+import re
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from configuration_multitask import AUTO_MAP, CUSTOM_PIPELINES, WEIGHTS_INDEX, MultiTaskConfig
-from modeling_multitask import MultiTaskModel, WeightsError, check_weight_map
+from modeling_multitask import MultiTaskModel, WeightsError, blank_model, check_weight_map
 from release.export import CODE_FILES, release_key, sentence_transformers_files
 
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5"}
+_PICKLES = {
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5", ".keras", ".npy", ".npz"
+}  # fmt: skip
+# How a pickle of protocol 2 or later begins, or a zip archive, in which PyTorch keeps its pickles.
+_PICKLED = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
 _REQUIRED = ("tokenizer.json", "tokenizer_config.json", *CODE_FILES)
 
 
@@ -23,9 +34,7 @@ def check(folder: str | Path) -> list[str]:
     if not folder.is_dir():
         return [f"{folder}: no such folder"]
     problems = [f"{name}: missing" for name in _REQUIRED if not (folder / name).is_file()]
-    problems += [
-        f"{path.relative_to(folder)}: may hold pickled code; releases carry safetensors only" for path in _pickles(folder)
-    ]
+    problems += _check_pickles(folder)
     try:
         fields = _read(folder / "config.json")
         config = MultiTaskConfig(**fields)
@@ -34,7 +43,7 @@ def check(folder: str | Path) -> list[str]:
     problems += _check_config(fields, config)
     problems += _check_sentence_transformers(folder, config)
     problems += _check_weights(folder, config)
-    return problems
+    return problems or _check_loading(folder)
 
 
 def _read(path: Path) -> Any:
@@ -45,20 +54,67 @@ def _read(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"cannot be read: {error}") from error
 
 
-def _pickles(folder: Path) -> list[Path]:
-    """Returns files that are pickles by their names, outside hidden folders and virtual environments."""
-    found, folders = [], [folder]
-    while folders:
-        for path in sorted(folders.pop().iterdir()):
-            if path.is_dir() and not path.name.startswith(".") and not (path / "pyvenv.cfg").exists():
-                folders.append(path)
-            elif path.suffix in _PICKLES:
-                found.append(path)
-    return found
+def folder_files(folder: Path) -> list[str]:
+    """Returns the files outside hidden folders and virtual environments, as sorted relative paths.
+
+    In a git checkout, without those that git ignores, such as training runs.
+
+    Raises:
+        ValueError: git cannot list the files of a checkout.
+    """
+    found = set()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [x for x in folders if not x.startswith(".") and not Path(parent, x, "pyvenv.cfg").exists()]
+        found |= {Path(parent, name).relative_to(folder).as_posix() for name in names if Path(parent, name).is_file()}
+    if (folder / ".git").exists():
+        found &= set(git_files(folder, "--cached", "--others", "--exclude-standard"))
+    return sorted(found)
+
+
+def git_files(checkout: Path, *options: str) -> list[str]:
+    """Returns what `git ls-files` lists of a checkout: with no options, the files that git tracks.
+
+    Raises:
+        ValueError: git is not installed, or refuses; the message says why.
+    """
+    command = ["git", "-C", str(checkout), "ls-files", "-z", *options]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", b"").decode(errors="replace").strip().splitlines() or [str(error)]
+        raise ValueError(f"{checkout}: git cannot list its files: {reason[0]}") from error
+    return done.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+
+def _check_pickles(folder: Path) -> list[str]:
+    try:
+        names = [name for name in folder_files(folder) if _may_be_pickle(folder / name)]
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return [f"{name}: may hold pickled code; releases carry safetensors only, so delete it" for name in names]
+
+
+def _may_be_pickle(path: Path) -> bool:
+    """Returns whether a file is a pickle by its name or its first bytes, or picklescan finds dangerous code in it."""
+    if path.suffix.lower() in _PICKLES:
+        return True
+    with path.open("rb") as file:
+        first = file.read(4)
+    return bool(_PICKLED.match(first)) or (first != b"" and find_spec("picklescan") is not None and _is_infected(path))
+
+
+def _is_infected(path: Path) -> bool:
+    from picklescan.scanner import scan_file_path
+
+    logging.getLogger("picklescan").setLevel(logging.CRITICAL)  # it complains of every file that is no pickle
+    try:
+        return scan_file_path(path).issues_count > 0
+    except Exception:  # of any kind: it takes the file for a pickle, which most are not
+        return False
 
 
 def _check_config(fields: dict[str, Any], config: MultiTaskConfig) -> list[str]:
@@ -107,10 +163,9 @@ def _check_weights(folder: Path, config: MultiTaskConfig) -> list[str]:
     """Compares index, files and the model that the configuration describes: same keys, same places, same shapes."""
     try:
         weight_map = check_weight_map(_read(folder / WEIGHTS_INDEX), WEIGHTS_INDEX)
-    except (WeightsError, ValueError) as error:
+        model = blank_model(config)
+    except (ImportError, ValueError, WeightsError) as error:
         return [str(error)]
-    with torch.device("meta"):
-        model = MultiTaskModel(config)
     expected = {}
     for key, value in model.state_dict().items():
         name, file = release_key(key, model.base_model_prefix)
@@ -135,6 +190,15 @@ def _check_weights(folder: Path, config: MultiTaskConfig) -> list[str]:
         if stored[name, file] != expected[name, file]
     ]
     return problems
+
+
+def _check_loading(folder: Path) -> list[str]:
+    """Returns why a folder does not load in which nothing else was found, such as integers in place of weights."""
+    try:
+        MultiTaskModel.from_pretrained(folder)
+    except (ImportError, OSError, ValueError, WeightsError) as error:
+        return [f"does not load: {error}"]
+    return []
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ The real client talks to it, with all that is built on the client, in a process 
     with LoopbackHub() as hub:
         subprocess.run([sys.executable, "-c", code], env=hub.env(tmp_path / "home"), check=True)
 
-Commits, revisions, tags, LFS uploads and error codes behave as on the Hub. There are no permissions, pull requests,
-datasets, Spaces, model card metadata or partial downloads.
+Commits, branches, tags, LFS uploads and error codes behave as on the Hub. There are no permissions, pull requests,
+datasets, Spaces, model card metadata or partial downloads. A test that needs a refusal, or something that happens
+meanwhile, sets `before_request`.
 """
 
 import base64
@@ -50,6 +51,7 @@ class Repo:
     """A repository: the files of every commit by path, and the commits that branches and tags point to."""
 
     repo_id: str
+    private: bool = False
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -89,12 +91,14 @@ class LoopbackHub:
         requests: All requests so far in order, as "METHOD path".
         repos: The repositories by id.
         objects: The content of LFS files by SHA-256.
+        before_request: Called with each request, as "METHOD path", before it is answered; may raise `HubError`.
     """
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.before_request: Callable[[str], None] = lambda line: None
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Connection, self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -145,6 +149,7 @@ class _Connection(BaseHTTPRequestHandler):
 
     def _route(self, line: str) -> Any:
         self.hub.requests.append(line)
+        self.hub.before_request(line)
         for pattern, method in self.routes:
             if match := re.fullmatch(pattern, line):
                 values: dict[str, Any] = {name: unquote(value) for name, value in match.groupdict("").items()}
@@ -177,7 +182,7 @@ class _Connection(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repos:
             raise HubError(409, f"{repo_id} exists already.", url=url)  # with exist_ok the client goes on to the URL
-        self.hub.repos[repo_id] = repo = Repo(repo_id)
+        self.hub.repos[repo_id] = repo = Repo(repo_id, asked.get("visibility") == "private")
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
         repo.commit("main", {".gitattributes": _git_blob(attributes.encode())})
         return {"url": url}
@@ -185,13 +190,25 @@ class _Connection(BaseHTTPRequestHandler):
     def _info(self, repo: Repo, rev: str) -> Any:
         sha = repo.resolve(rev or "main")
         siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
-        return {"id": repo.repo_id, "sha": sha, "private": False, "gated": False, "tags": [], "siblings": siblings}
+        return {"id": repo.repo_id, "sha": sha, "private": repo.private, "gated": False, "tags": [], "siblings": siblings}
 
     def _refs(self, repo: Repo) -> Any:
         def listed(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
             return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in refs.items()]
 
         return {"branches": listed("heads", repo.branches), "tags": listed("tags", repo.tags), "converts": []}
+
+    def _create_branch(self, repo: Repo, branch: str) -> Any:
+        if branch in repo.branches:
+            raise HubError(409, f"{repo.repo_id} has a branch {branch!r} already.")
+        repo.branches[branch] = repo.resolve(json.loads(self.body).get("startingPoint", "main"))
+        return {}
+
+    def _delete_branch(self, repo: Repo, branch: str) -> Any:
+        if branch == "main" or branch not in repo.branches:
+            raise HubError(404, f"{repo.repo_id} has no branch {branch!r} that can be deleted.", "RevisionNotFound")
+        del repo.branches[branch]
+        return {}
 
     def _tag(self, repo: Repo, rev: str) -> Any:
         tag = json.loads(self.body)["tag"]
@@ -278,6 +295,8 @@ class _Connection(BaseHTTPRequestHandler):
         (r"POST /api/repos/create", _create_repo),
         (rf"GET {_model}(/revision/{_rev})?", _info),
         (rf"GET {_model}/refs", _refs),
+        (rf"POST {_model}/branch/(?P<branch>[^/]+)", _create_branch),
+        (rf"DELETE {_model}/branch/(?P<branch>[^/]+)", _delete_branch),
         (rf"POST {_model}/tag/{_rev}", _tag),
         (rf"GET {_model}/tree/{_rev}(/(?P<path>.+))?", _tree),
         (rf"POST {_model}/paths-info/{_rev}", _paths_info),

@@ -81,6 +81,19 @@ def test_runs_on_other_rows_are_not_compared(folder):
         render(folder)
 
 
+def test_what_the_training_took_and_emitted(folder):
+    assumed = {"watts": 20, "watts_source": "assumed", "grams_per_kwh": 500, "grams_source": "a guess"}
+    write(folder, "training", {"seconds": 9000, "steps": 1200, "hardware_used": "two threads", **assumed})
+    path = folder / "README.md"
+    path.write_text(path.read_text() + "<!-- training -->\n<!-- /training -->\n")
+    text = render(folder)
+    assert "1,200 steps took 2.5 hours on two threads. That is about 50 Wh at 20 W (assumed), and 25 g of CO₂" in text
+    found = yaml.safe_load(text.split("---")[1])["co2_eq_emissions"]
+    assert found["emissions"] == 25 and found["hardware_used"] == "two threads" and "a guess" in found["source"]
+    path.write_text(text)
+    assert render(folder) == text
+
+
 def test_a_folder_without_results_or_marker_has_no_card_to_render(folder, monkeypatch):
     assert card.can_render(folder)
     (folder / "README.md").write_text("# Another card\n")
