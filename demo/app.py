@@ -1,0 +1,360 @@
+"""A page to try the model in a browser: one text, several texts side by side, or a csv file.
+
+    python -m demo.app                       the model of this repository, at http://127.0.0.1:7860
+    python -m demo.app USER/NAME --port 80   a model of the Hub
+
+In a Space, the model is the one that README.md names under `models`. All answers are the multitask pipeline's.
+"""
+
+import argparse
+import csv
+import html
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from huggingface_hub import SpaceCard
+from transformers import pipeline
+from transformers.utils import logging
+
+HERE = Path(__file__).resolve().parent
+MAX_CHARACTERS = 20_000  # of one text
+MAX_LINES = 12  # of texts to compare: more do not fit on a screen
+MAX_ROWS = 1_000
+MAX_COLUMNS = 100
+MAX_FILE_BYTES = 2**20
+PREVIEW_ROWS = 5
+PREVIEW_CHARACTERS = 60  # of a cell; a column's name may be as long
+EXAMPLES = [
+    "Tim Cook opened Apple's new store in Paris. I love it!",
+    "My flight from Boston was cancelled again, and nobody at Lufthansa would help.",
+    "Serena Williams won at Wimbledon again. Keep training!",
+]
+LINES = (
+    "A man is playing a guitar.\nSomeone plays an instrument.\nThe bank raised its interest rates.\nMortgages get dearer."
+)
+CSS = """
+.vector, .heat { margin-top: 2em; }  /* below the label */
+.vector { display: grid; grid-template-columns: repeat(32, 1fr); gap: 1px; }
+.vector i { aspect-ratio: 1; border-radius: 2px; }
+.heat { overflow-x: auto; }
+.heat table { border-collapse: separate; border-spacing: 2px; }
+.heat td { background: var(--cell); color: #1f2937; min-width: 3em; padding: .4em; border-radius: 3px; text-align: center; }
+.heat tbody th { text-align: left; font-weight: normal; max-width: min(22em, 40vw); padding-right: .6em; }
+.heat tbody th span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+"""
+Record = dict[str, Any]
+
+
+def problem(message: str) -> gr.Error:
+    """Returns an error that the page shows; it is the user's to mend, so the log does not get a stack trace."""
+    return gr.Error(html.escape(message), print_exception=False)
+
+
+# What a record looks like on the page
+
+
+def colour(share: float) -> str:
+    """Returns the CSS colour of a number in [-1, 1]: from blue over near white to orange."""
+    end = np.array([230, 120, 20] if share > 0 else [40, 110, 200])
+    red, green, blue = np.rint(245 + (end - 245) * min(abs(share), 1)).astype(int)
+    return f"rgb({red},{green},{blue})"
+
+
+def vector_picture(vector: np.ndarray) -> str:
+    """Returns an embedding, float [E], as HTML: a coloured square for each of its numbers."""
+    most = max(float(np.abs(vector).max()), 1e-12)
+    squares = [
+        f'<i style="background:{colour(value / most)}" title="{index}: {value:.3f}"></i>'
+        for index, value in enumerate(vector)
+    ]
+    caption = f"{len(vector)} numbers from {vector.min():.2f} (blue) to {vector.max():.2f} (orange)"
+    return f'<div class="vector" role="img" aria-label="{caption}">{"".join(squares)}</div><small>{caption}</small>'
+
+
+def heat_map(texts: list[str], similarity: np.ndarray) -> str:
+    """Returns the cosine similarities of texts, float [B, B], as an HTML table."""
+    numbers = "".join(f'<th scope="col">{number}</th>' for number in range(1, len(texts) + 1))
+    rows = []
+    for number, (text, values) in enumerate(zip(texts, similarity, strict=True), start=1):
+        name = html.escape(text)
+        cells = "".join(f'<td style="--cell:{colour(value)}">{value:.2f}</td>' for value in values.tolist())
+        rows.append(f'<tr><th scope="row" title="{name}"><span>{number}. {name}</span></th>{cells}</tr>')
+    return f'<div class="heat"><table><thead><tr><th></th>{numbers}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def label_bars(answer: Record) -> dict[str, float] | str:
+    """Returns what a gr.Label shows of a sequence task's answer: a bar per label, or the numbers of a regression."""
+    if "values" in answer:
+        return ", ".join(f"{name} {value:.2f}" for name, value in answer["values"].items())
+    return answer["scores"]
+
+
+def plain(record: Record) -> Record:
+    """Returns a record that JSON can hold, the long vector last."""
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in sorted(record.items())}
+
+
+# A csv file
+
+
+def read_table(file: str | None) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows of a csv file, each row as long as the header.
+
+    Raises:
+        gr.Error: There is no file, or it is too large, no UTF-8 or no such csv.
+    """
+    if file is None:
+        raise problem("file is empty; upload a csv file first.")
+    data = Path(file).read_bytes()
+    if len(data) > MAX_FILE_BYTES:
+        raise problem(f"file has {len(data):,} bytes; allowed: {MAX_FILE_BYTES:,}. Divide it, or use annotate.py.")
+    try:
+        lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+    except UnicodeDecodeError as error:
+        raise problem(f"file is no UTF-8 at byte {error.start}; save it as a csv in UTF-8.") from None
+    header, rows = [], []
+    try:
+        for row in lines:
+            if not header:
+                header = row
+                _check_header(header)
+            elif row:  # an empty line is no row
+                rows.append(row)
+                _check_row(row, header, lines.line_num, len(rows))
+    except csv.Error as error:
+        raise problem(f"file is no csv at line {lines.line_num}: {error}. Check the quotes there.") from None
+    if not rows:
+        raise problem("file has no rows; the first line names the columns, each further line is a row.")
+    return header, rows
+
+
+def _check_header(header: list[str]) -> None:
+    longest = max(map(len, header), default=0)
+    if len(header) > MAX_COLUMNS or longest > PREVIEW_CHARACTERS:
+        raise problem(
+            f"file has {len(header):,} columns, the longest name {longest:,} characters; allowed: {MAX_COLUMNS} columns, "
+            f"{PREVIEW_CHARACTERS} characters. The first line must name the columns."
+        )
+
+
+def _check_row(row: list[str], header: list[str], line: int, count: int) -> None:
+    if len(row) != len(header):
+        raise problem(
+            f"file has {len(row)} fields in the row that ends at line {line}; the header has {len(header)}. "
+            "Put texts with commas in quotes."
+        )
+    if count > MAX_ROWS:
+        raise problem(f"file has more than {MAX_ROWS:,} rows; divide it, or use annotate.py.")
+
+
+def table_cells(record: Record) -> dict[str, str]:
+    """Returns what a record adds to a row of a csv file, by the name of the column."""
+    cells: dict[str, Any] = {}
+    for task, answer in record.get("labels", {}).items():
+        if "values" in answer:
+            cells |= {f"{task}_{name}": f"{value:.4f}" for name, value in answer["values"].items()}
+        elif "labels" in answer:
+            cells[task] = json.dumps(answer["labels"], ensure_ascii=False)
+        else:
+            cells |= {task: answer["label"], f"{task}_score": f"{answer['score']:.4f}"}
+    for task, found in record.get("entities", {}).items():
+        cells[task] = json.dumps([{**entity, "score": round(entity["score"], 4)} for entity in found], ensure_ascii=False)
+    if "sentence_embedding" in record:
+        cells["embedding"] = json.dumps([round(x, 6) for x in record["sentence_embedding"].tolist()])
+    return {f"predicted_{name}": value for name, value in cells.items()}
+
+
+def _preview(column: str, texts: list[str], added: list[dict[str, str]]) -> Record:
+    """Returns what a gr.Dataframe shows of the first rows: the texts and what was added to them."""
+    rows = [[text, *cells.values()] for text, cells in zip(texts, added, strict=True)][:PREVIEW_ROWS]
+    cut = [[cell if len(cell) <= PREVIEW_CHARACTERS else cell[:PREVIEW_CHARACTERS] + "…" for cell in row] for row in rows]
+    return {"headers": [column, *added[0]], "data": cut}
+
+
+# The page
+
+
+def _picture(label: str, value: str) -> gr.HTML:
+    return gr.HTML(value, label=label, show_label=True, container=True, padding=True, apply_default_css=False)
+
+
+class Demo:
+    """The page and the functions behind it.
+
+    Args:
+        pipe: A multitask pipeline.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.specs = pipe.model.config.task_specs
+        self.token_tasks = [name for name, spec in self.specs.items() if spec.kind == "token_classification"]
+        self.sequence_tasks = [name for name in self.specs if name not in self.token_tasks]
+
+    def run(self, texts: list[str], **options: Any) -> list[Record]:
+        """Returns a record per text.
+
+        Raises:
+            gr.Error: A text is too long or no valid Unicode.
+        """
+        for number, text in enumerate(texts, start=1):
+            if len(text) > MAX_CHARACTERS:
+                raise problem(f"text {number} has {len(text):,} characters; allowed: {MAX_CHARACTERS:,}. Shorten it.")
+        try:
+            return self.pipe(texts, **options)
+        except ValueError as error:
+            raise problem(f"{error} Remove it.") from error
+
+    def annotate(self, text: str) -> list[Any]:
+        """Returns what the page shows of one text: entities and labels by task, the vector, and the record."""
+        if not text or not text.strip():
+            raise problem("text is empty; type or paste one.")
+        record = self.run([text])[0]
+        entities = [{"text": text, "entities": record["entities"][name]} for name in self.token_tasks]
+        labels = [label_bars(record["labels"][name]) for name in self.sequence_tasks]
+        return [*entities, *labels, vector_picture(record["sentence_embedding"]), plain(record)]
+
+    def compare(self, lines: str) -> str:
+        """Returns a heat map of the texts, one per line; empty lines do not count."""
+        texts = [line.strip() for line in (lines or "").split("\n") if line.strip()]
+        if not 2 <= len(texts) <= MAX_LINES:
+            raise problem(f"texts has {len(texts)} lines; allowed: 2 to {MAX_LINES}. Write one text on each line.")
+        vectors = np.stack([record["sentence_embedding"] for record in self.run(texts, tasks=[])])
+        return heat_map(texts, vectors @ vectors.T)
+
+    def columns(self, file: str | None) -> Any:
+        """Returns the choice of columns of a file; "text" or the only column is chosen already."""
+        header = read_table(file)[0] if file else []
+        chosen = "text" if "text" in header else header[0] if len(header) == 1 else None
+        return gr.Dropdown(choices=header, value=chosen)
+
+    def annotate_file(self, file: str | None, column: str | None, with_vectors: bool) -> Iterator[tuple[str, Record]]:
+        """Yields the path of the annotated csv file, which is gone afterwards, and its first rows."""
+        header, rows = read_table(file)
+        if column not in header:
+            given, names = str(column or "empty"), shorten(", ".join(header), 200, placeholder=" …")
+            raise problem(f"column is {given:.{PREVIEW_CHARACTERS}}; allowed: {names}. Choose the one with the texts.")
+        texts = [row[header.index(column)] for row in rows]
+        added = [table_cells(record) for record in self.run(texts, embedding=with_vectors)]
+        if taken := [name for name in added[0] if name in header]:
+            raise problem(f"file has the columns {', '.join(taken)} already; rename or remove them.")
+        table = [[*header, *added[0]], *([*row, *cells.values()] for row, cells in zip(rows, added, strict=True))]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{Path(file).stem[:60]}_annotated.csv"
+            with path.open("w", encoding="utf-8", newline="") as stream:
+                csv.writer(stream).writerows(table)
+            yield str(path), _preview(column, texts, added)
+
+    def page(self) -> gr.Blocks:
+        """Returns the page."""
+        config, million = self.pipe.model.config, sum(x.numel() for x in self.pipe.model.parameters()) / 1e6
+        width = config.embedding_dim or config.hidden_size
+        with gr.Blocks(title="Multi-task sentence transformer", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+            gr.Markdown(
+                "# One pass over a text: names, labels and a vector\n"
+                f"One encoder of {million:.1f} million parameters gives {width} numbers and the tasks {', '.join(self.specs)}."
+            )
+            with gr.Tab("One text"):
+                self._text_tab()
+            with gr.Tab("Compare"):
+                self._compare_tab()
+            with gr.Tab("csv file"):
+                self._file_tab()
+        return page
+
+    def _text_tab(self) -> None:
+        first = iter(self.annotate(EXAMPLES[0]))
+        with gr.Row():
+            with gr.Column():
+                info = f"Up to {MAX_CHARACTERS:,} characters"
+                text = gr.Textbox(label="Text", value=EXAMPLES[0], lines=4, max_lines=12, info=info)
+                button = gr.Button("Annotate", variant="primary")
+                examples = gr.Column()
+            with gr.Column():
+                shown = [gr.HighlightedText(label=name, value=next(first)) for name in self.token_tasks]
+                with gr.Row():
+                    shown += [self._bars(name, next(first)) for name in self.sequence_tasks]
+                shown.append(_picture("The vector", next(first)))
+                with gr.Accordion("The record, as the pipeline returns it", open=False):
+                    shown.append(gr.JSON(show_label=False, value=next(first)))
+        gr.on([button.click, text.submit], self.annotate, text, shown, api_name="annotate", concurrency_id="model")
+        with examples:
+            gr.Examples(
+                EXAMPLES, text, shown, self.annotate, cache_examples=False, run_on_click=True, api_visibility="private"
+            )
+
+    def _bars(self, name: str, value: Any) -> gr.Label:
+        # Where several labels can be present, or none, the heading would show the best as if it were the answer.
+        heading = self.specs[name].problem_type != "multi_label_classification"
+        return gr.Label(label=name, value=value, num_top_classes=8, show_heading=heading)
+
+    def _compare_tab(self) -> None:
+        info = f"One text on each line, 2 to {MAX_LINES} of them"
+        texts = gr.Textbox(label="Texts", value=LINES, lines=6, max_lines=MAX_LINES, info=info)
+        button = gr.Button("Compare", variant="primary")
+        shown = _picture("Cosine similarity of the vectors", self.compare(LINES))
+        button.click(self.compare, texts, shown, api_name="compare", concurrency_id="model")
+
+    def _file_tab(self) -> None:
+        gr.Markdown(
+            f"A csv in UTF-8, columns named in the first line: up to {MAX_ROWS:,} rows and {MAX_FILE_BYTES >> 20} MB. "
+            "It comes back with the columns `predicted_…` added."
+        )
+        with gr.Row():
+            file = gr.File(label="File", file_types=[".csv"], height=160)
+            with gr.Column():
+                column = gr.Dropdown([], label="Column with the texts", allow_custom_value=True)
+                with_vectors = gr.Checkbox(label="Add the vectors, too")
+                button = gr.Button("Annotate the file", variant="primary")
+        gr.Examples([[str(HERE / "reviews.csv")]], [file], cache_examples=False, api_visibility="private")
+        shown = [
+            gr.File(label="Annotated file"),
+            gr.Dataframe(label=f"Its first {PREVIEW_ROWS} rows", interactive=False),
+        ]
+        file.change(self.columns, file, column, api_visibility="private")
+        inputs = [file, column, with_vectors]
+        button.click(self.annotate_file, inputs, shown, api_name="annotate_file", concurrency_id="model")
+
+    def launch(self, **options: Any) -> Any:
+        """Starts the page and returns what `gr.Blocks.launch` does; nothing is loaded from other hosts."""
+        theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        fixed = {"theme": theme, "css": CSS, "ssr_mode": False, "run_history": False, "max_file_size": MAX_FILE_BYTES}
+        return self.page().queue(max_size=32).launch(**fixed, **options)
+
+
+def default_model() -> str:
+    """Returns the folder above, if it is a model; in a Space, the model that README.md names.
+
+    Raises:
+        ValueError: README.md names none.
+    """
+    if (HERE.parent / "config.json").exists():
+        return str(HERE.parent)
+    models = SpaceCard.load(HERE / "README.md").data.get("models")
+    if not models:
+        raise ValueError(f"{HERE / 'README.md'} names no model; write its id as USER/NAME under 'models'.")
+    return models[0]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder or Hub id, whose code is run; default: this repository")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    args = parser.parse_args(argv)
+    logging.disable_progress_bar()
+    try:
+        pipe = pipeline("multitask", model=args.model or default_model(), trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        parser.error(f"model {args.model or ''} cannot be loaded: {error}")
+    Demo(pipe).launch(server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()

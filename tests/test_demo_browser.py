@@ -1,0 +1,116 @@
+"""The demo as a person uses it, in a headless Chromium: type, click, read, upload, download, be told what is wrong."""
+
+import csv
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import TEXTS
+
+gradio = pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
+
+from demo.app import EXAMPLES, MAX_FILE_BYTES, Demo  # noqa: E402
+
+PATIENCE = 60_000  # milliseconds: machines are slow at times
+
+
+@pytest.fixture(scope="module")
+def address(pipe: Any) -> Iterator[str]:
+    """Serves the demo over the tiny release."""
+    _, url, _ = Demo(pipe).launch(prevent_thread_lock=True, quiet=True)
+    yield url
+    gradio.close_all()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(address: str, browser: Any) -> Iterator[Any]:
+    """The demo in a fresh tab, which may ask no other host for anything."""
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    playwright.expect.set_options(timeout=PATIENCE)
+    hosts, errors = set(), []
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+    page.on("pageerror", lambda error: errors.append(error))
+    page.goto(address)
+    yield page
+    page.close()
+    assert hosts - {None, ""} == {"127.0.0.1"} and not errors
+
+
+def upload(page: Any, file: Path) -> None:
+    page.get_by_role("tab", name="csv file").click()
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Click to upload").click()
+    chooser.value.set_files(file)
+
+
+def test_a_text_is_typed_and_its_answers_are_read(page: Any, pipe: Any) -> None:
+    record = pipe(TEXTS[3])
+    page.get_by_label("Up to 20,000").fill(TEXTS[3])
+    page.get_by_role("button", name="Annotate", exact=True).click()
+    vector = record["sentence_embedding"]
+    playwright.expect(page.locator(".vector i").first).to_have_attribute("title", f"0: {vector[0]:.3f}")
+    assert page.locator(".vector i").count() == len(vector)
+    words = page.get_by_test_id("highlighted-text").first.locator(".highlighted .text").all_text_contents()
+    assert [word.strip() for word in words] == [entity["word"] for entity in record["entities"]["ner"]]
+    assert page.get_by_test_id("label-output-value").first.inner_text() == record["labels"]["sentiment"]["label"]
+
+
+def test_an_example_is_annotated_by_a_click(page: Any, pipe: Any) -> None:
+    vector = pipe(EXAMPLES[2])["sentence_embedding"]
+    page.get_by_role("button", name=EXAMPLES[2]).click()
+    playwright.expect(page.locator(".vector i").first).to_have_attribute("title", f"0: {vector[0]:.3f}")
+
+
+def test_texts_are_compared(page: Any) -> None:
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("One text on each line").fill("I love it!\n<img src=x onerror=alert(1)>\nso sad")
+    page.get_by_role("button", name="Compare").click()
+    playwright.expect(page.locator(".heat td")).to_have_count(9)
+    assert page.locator(".heat td").first.inner_text() == "1.00"
+    assert page.locator(".heat tbody th").nth(1).inner_text() == "2. <img src=x onerror=alert(1)>"
+
+
+def test_a_csv_file_is_uploaded_and_downloaded(page: Any, pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("number,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS)))
+    upload(page, file)
+    playwright.expect(page.get_by_label("Column with the texts")).to_have_value("text")
+    page.get_by_role("button", name="Annotate the file").click()
+    with page.expect_download() as download:
+        page.locator("a[download='mine_annotated.csv']").click()
+    rows = list(csv.DictReader(download.value.path().read_text("utf-8").splitlines()))
+    assert [row["text"] for row in rows] == TEXTS
+    assert [row["predicted_sentiment"] for row in rows] == [x["labels"]["sentiment"]["label"] for x in pipe(TEXTS)]
+
+
+def test_bad_input_is_explained(page: Any, tmp_path: Path) -> None:
+    page.get_by_label("Up to 20,000").fill(" ")
+    page.get_by_role("button", name="Annotate", exact=True).click()
+    playwright.expect(page.get_by_test_id("toast-body")).to_contain_text("text is empty; type or paste one.")
+    page.get_by_test_id("toast-close").click()
+    (tmp_path / "bad.csv").write_text("id,<b>review</b>\n1,a\n")
+    upload(page, tmp_path / "bad.csv")
+    page.get_by_role("button", name="Annotate the file").click()
+    playwright.expect(page.get_by_test_id("toast-body")).to_contain_text("column is empty; allowed: id, <b>review</b>.")
+
+
+def test_a_large_file_is_refused(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "large.csv").write_bytes(b"text\n" + b"a" * MAX_FILE_BYTES)
+    upload(page, tmp_path / "large.csv")
+    playwright.expect(page.get_by_test_id("toast-body")).to_contain_text("size")
