@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from configuration_multitask import AUTO_MAP, CUSTOM_PIPELINES, WEIGHTS_INDEX, MultiTaskConfig
 from modeling_multitask import MultiTaskModel, WeightsError, blank_model, check_weight_map
-from release.export import CODE_FILES, release_key, sentence_transformers_files
+from release.export import CODE_FILES, ENCODER_FILE, release_key, sentence_transformers_files
 
 _PICKLES = {
     ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5", ".keras", ".npy", ".npz"
@@ -43,6 +43,7 @@ def check(folder: str | Path) -> list[str]:
     problems += _check_config(fields, config)
     problems += _check_sentence_transformers(folder, config)
     problems += _check_weights(folder, config)
+    problems += _check_root(folder)
     return problems or _check_loading(folder)
 
 
@@ -190,6 +191,13 @@ def _check_weights(folder: Path, config: MultiTaskConfig) -> list[str]:
         if stored[name, file] != expected[name, file]
     ]
     return problems
+
+
+def _check_root(folder: Path) -> list[str]:
+    """Returns what servers would load beside the encoder: they read every *.safetensors, or that index, in the root."""
+    names = {path.name for path in folder.glob("*.safetensors")} - {ENCODER_FILE}
+    names |= {path.name for path in folder.glob("model.safetensors.index.json")}
+    return [f"{name}: servers load the weights of the root into the encoder; move or delete it" for name in sorted(names)]
 
 
 def _check_loading(folder: Path) -> list[str]:

@@ -142,6 +142,10 @@ DAMAGE = {
         lambda r: edit(r / "multitask.safetensors.index.json", weight_map={"linear.weight": "../x.safetensors"}),
         "'../x.safetensors'; allowed",
     ),
+    "weights beside the encoder": (
+        lambda r: shutil.copy(r / "heads/model.safetensors", r / "heads.safetensors"),
+        "heads.safetensors: servers load the weights of the root into the encoder",
+    ),
     "heads cut short": (lambda r: os.truncate(r / "heads/model.safetensors", 99), "heads/model.safetensors: cannot be read"),
 }
 
