@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 SEQUENCE = "sequence_classification"
@@ -181,7 +181,7 @@ class TaskSpec:
             )  # fmt: skip
 
 
-class MultiTaskConfig(PreTrainedConfig):
+class MultiTaskConfig(PretrainedConfig):
     """Configuration of `MultiTaskModel`: an encoder's own configuration with pooling, projection and tasks added.
 
     Args:
@@ -192,7 +192,7 @@ class MultiTaskConfig(PreTrainedConfig):
             embedding is as wide as the encoder.
         tasks: Maps each task's name to its fields, see `TaskSpec`. The order of heads and labels is kept.
         multitask_weights: Name of the weight index of the release layout; None for a single-file checkpoint.
-        **kwargs: The encoder's own fields, and those of `PreTrainedConfig`.
+        **kwargs: The encoder's own fields, and those of `PretrainedConfig`.
 
     Raises:
         ValueError: A field has a wrong type or value; the message names it and what is allowed.
@@ -268,7 +268,7 @@ class MultiTaskConfig(PreTrainedConfig):
         return {name: TaskSpec.from_dict(name, fields) for name, fields in self.tasks.items()}
 
     @property
-    def encoder_config(self) -> PreTrainedConfig:
+    def encoder_config(self) -> PretrainedConfig:
         """A new native configuration of the encoder alone, for instance a `BertConfig`."""
         own = (
             "model_type",
@@ -296,7 +296,7 @@ class MultiTaskConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MultiTaskConfig":
-        """Returns the configuration stored in a folder or on the Hub; takes what `PreTrainedConfig` takes.
+        """Returns the configuration stored in a folder or on the Hub; takes what `PretrainedConfig` takes.
 
         The base method would warn that the file's model type is the encoder's and not this class's.
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel  # names that transformers 4 knows too: handler.py
+from transformers import __version__ as transformers_version
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import cached_file, logging
 from transformers.utils.generic import can_return_tuple
@@ -205,7 +205,7 @@ class MultiTaskModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, TaskHead) and module.layer_weights is not None:
-            init.zeros_(module.layer_weights)
+            nn.init.zeros_(module.layer_weights)
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -366,11 +366,17 @@ class MultiTaskModel(PreTrainedModel):
 
         Raises:
             WeightsError: A weight is missing, unexpected, of another shape or unreadable, or the index is malformed.
+            ImportError: The installed transformers cannot read a release's index.
         """
+        if int(transformers_version.split(".")[0]) < 5:
+            raise ImportError(
+                f"transformers {transformers_version} is installed; a MultiTaskModel loads with 5.23 or newer: pip install -U "
+                "transformers. With 4.51 or newer, SentenceTransformer gives the embedding, and handler.py everything."
+            )
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("ignore_mismatched_sizes", None)  # never: it would leave random weights
-        if not isinstance(config, PreTrainedConfig):
+        if not isinstance(config, PretrainedConfig):
             source = pretrained_model_name_or_path if config is None else config
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
             kwargs = {**kwargs, **hub}

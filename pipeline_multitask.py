@@ -30,6 +30,8 @@ CHUNK_CHARACTERS = 1_000_000
 # Token budget of one batch. Small batches stay in a CPU's caches; a GPU wants to be filled.
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16384
+# No language writes more marks on one character; a text that does must not take the square of its length.
+MOST_MARKS = 30
 # Where `python -m release.onnx` writes the model, by the name of the backend that runs it.
 ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_quantized.onnx"}
 BACKENDS = ("torch", *ONNX_FILES)
@@ -59,7 +61,8 @@ def word_starts(text: str, offsets: Sequence[Span], word_ids: Sequence[int | Non
     for (start, end), word in zip(offsets, word_ids, strict=True):
         while start < end and text[start].isspace():
             start += 1
-        while start < end < len(text) and _is_mark(text[end]):  # marks that the tokenizer strips
+        limit = min(len(text), end + MOST_MARKS)
+        while start < end < limit and _is_mark(text[end]):  # marks that the tokenizer strips
             end += 1
         spans.append((start, end))
         if word is None or start >= end or _is_mark(text[start]):

@@ -27,7 +27,7 @@ from modeling_multitask import MultiTaskModel
 from pipeline_multitask import ONNX_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE_FILES = ("configuration_multitask.py", "modeling_multitask.py", "pipeline_multitask.py")
+CODE_FILES = ("configuration_multitask.py", "modeling_multitask.py", "pipeline_multitask.py", "handler.py")
 ENCODER_FILE = "model.safetensors"
 DENSE_FILE = "2_Dense/model.safetensors"
 HEADS_FILE = "heads/model.safetensors"

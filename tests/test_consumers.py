@@ -24,8 +24,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, pipeline
 
+from handler import EndpointHandler
 from release.export import export
 from tests.conftest import ROOT, TASKS, TEXTS, write_release
+from tests.test_handler import alike, serve
 
 SCRIPTS = Path(__file__).with_name("consumers")
 SAMPLES = [*TEXTS, "word " * 400, "ünïcode 😡 日本"]  # one beyond the length that the model reads
@@ -294,3 +296,10 @@ def test_fastembed_gives_the_same_vectors(exported, environment, tmp_path):
     expected = SentenceTransformer(str(exported), device="cpu").encode(SAMPLES)
     python = environment("fastembed==0.9.1")  # which needs another huggingface_hub than this environment's
     np.testing.assert_allclose(encode_elsewhere(python, "encode_fastembed.py", exported, tmp_path), expected, atol=1e-5)
+
+
+@pytest.mark.environments
+def test_the_handler_gives_the_same_answers_on_transformers_4(environment):
+    """The containers of Inference Endpoints carry it."""
+    python = environment("transformers[torch]==4.51.3", lent="torch")
+    assert alike(serve(python, ROOT, {"inputs": TEXTS}), EndpointHandler(ROOT)({"inputs": TEXTS}))

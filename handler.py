@@ -1,0 +1,158 @@
+"""Serves the model on Hugging Face Inference Endpoints: their server makes one `EndpointHandler` and calls it per request.
+
+    {"inputs": ["a text", "another"], "parameters": {"tasks": ["sentiment", "ner"], "embedding": false}}
+
+`inputs` is a text or a list of texts; `parameters` may be left out. The answer is a list with a record per text, as
+`MultiTaskPipeline` gives it, the embedding as a list of floats. In place of an item that is no text stands
+`{"error": "inputs[3] is 5 (int), not a text."}`, and the others are answered. A request that is wrong as a whole raises a
+ValueError: the server (huggingface-inference-toolkit) answers every exception with status 400 and `{"error": message}`.
+A returned error would go out with status 200, which clients take for success.
+
+The containers come with transformers 4, which does not know the weight index of a release, so `AutoModel` cannot load one
+there. This file reads the weights by itself, the same way everywhere. Tried with transformers 4.51.3, 4.57.6 and 5.23.0
+(torch 2.13, Python 3.11).
+"""
+
+import json
+import reprlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # a server loads this file alone, by its path
+from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig
+from modeling_multitask import MultiTaskModel, WeightsError, check_weight_map
+from pipeline_multitask import MultiTaskPipeline, text_problem
+
+# One request must not keep the others waiting for long: on a single CPU core this many characters take some ten seconds,
+# or a minute where each is a token. The number of texts bounds the answer, in which an embedding takes about 6 kB.
+MAX_CHARACTERS = 100_000
+MAX_TEXTS = 1000
+
+FIELDS = ("inputs", "parameters")
+PARAMETERS = ("tasks", "embedding")
+
+
+def load_model(folder: Path) -> MultiTaskModel:
+    """Returns the model of a release folder, in float32.
+
+    Raises:
+        WeightsError: A weight is missing, unexpected or of another shape, a file is broken, or the index is malformed.
+    """
+    fields = json.loads((folder / "config.json").read_text("utf-8"))
+    model = MultiTaskModel(MultiTaskConfig(**{**fields, "dtype": torch.float32}))
+    index = json.loads((folder / WEIGHTS_INDEX).read_text("utf-8"))
+    weights = {}
+    for file in sorted(set(check_weight_map(index, WEIGHTS_INDEX).values())):
+        try:
+            stored = load_file(folder / file)
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{folder / file} is missing or broken ({error}). Fetch it again.") from error
+        for key, value in stored.items():
+            is_own = key.startswith(("linear.", "heads."))
+            weights[key if is_own else f"{model.base_model_prefix}.{key}"] = value
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise WeightsError(f"{folder} is not a whole model: {error}") from error
+    return model
+
+
+class EndpointHandler:
+    """Answers requests with the model of one release folder; many threads may share it.
+
+    Args:
+        path: The folder; empty: the one that holds this file.
+
+    Raises:
+        WeightsError: The folder's weights and configuration do not make a whole model.
+    """
+
+    def __init__(self, path: str | Path = "") -> None:
+        folder = Path(path) if path else Path(__file__).parent
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.pipeline = MultiTaskPipeline(model=load_model(folder), tokenizer=tokenizer, device=device)
+        # The first call sets the tokenizer's truncation, which fails if another thread is using it.
+        self.pipeline("warm up")
+
+    def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns one record per text, ready for JSON, or `{"error": message}` for an item that is no text.
+
+        Args:
+            data: The request, see above. `tasks` names the heads to compute (default all), `embedding` says whether to
+                give the embedding (default true).
+
+        Raises:
+            ValueError: The request as a whole is not allowed; the message names the field and what is.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f'The request is a {type(data).__name__}; allowed: an object such as {{"inputs": "a text"}}.')
+        _refuse_unknown("The request", data, FIELDS)
+        texts, options = _read_texts(data), self._read_options(data.get("parameters"))
+        problems = [_text_problem(text) for text in texts]
+        good = [text for text, problem in zip(texts, problems, strict=True) if problem is None]
+        records = iter(self.pipeline(good, **options))
+        return [
+            _json_record(next(records)) if problem is None else {"error": f"inputs[{index}] {problem}."}
+            for index, problem in enumerate(problems)
+        ]
+
+    def _read_options(self, parameters: Any) -> dict[str, Any]:
+        """Returns what the pipeline is called with."""
+        if parameters is None:
+            return {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f"parameters is {_short(parameters)}; allowed: an object with {' and '.join(PARAMETERS)}.")
+        _refuse_unknown("parameters", parameters, PARAMETERS)
+        tasks, embedding = parameters.get("tasks"), parameters.get("embedding", True)
+        names, known = [tasks] if isinstance(tasks, str) else tasks, list(self.pipeline.model.config.tasks)
+        if names is not None and not (isinstance(names, list) and all(name in known for name in names)):
+            raise ValueError(f"parameters.tasks is {_short(tasks)}; allowed: a list of names from {known}.")
+        if not isinstance(embedding, bool):
+            raise ValueError(f"parameters.embedding is {_short(embedding)}; allowed: true or false.")
+        # Without repeats: each would be computed.
+        return {"tasks": None if names is None else list(dict.fromkeys(names)), "embedding": embedding}
+
+
+def _refuse_unknown(where: str, fields: dict[str, Any], known: tuple[str, ...]) -> None:
+    if unknown := [name for name in fields if name not in known]:
+        raise ValueError(f"{where} has the unknown field {_short(unknown[0])}; known: {', '.join(known)}.")
+
+
+def _read_texts(data: dict[str, Any]) -> list[Any]:
+    """Returns the request's items, of which some may be no texts."""
+    if "inputs" not in data:
+        raise ValueError("The request lacks the field inputs, a text or a list of texts.")
+    inputs = data["inputs"]
+    if not isinstance(inputs, str | list):
+        raise ValueError(f"inputs is {_short(inputs)}; allowed: a text or a list of texts.")
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    characters = sum(len(text) for text in texts if isinstance(text, str))
+    for count, limit, unit in ((len(texts), MAX_TEXTS, "texts"), (characters, MAX_CHARACTERS, "characters")):
+        if count > limit:
+            raise ValueError(f"inputs holds {count:,} {unit}; allowed: {limit:,} in one request. Send it in parts.")
+    return texts
+
+
+def _text_problem(text: Any) -> str | None:
+    """Returns why an item cannot be annotated, or None."""
+    if isinstance(text, str):
+        return text_problem(text)
+    return f"is {_short(text)} ({type(text).__name__}), not a text"
+
+
+def _short(value: Any) -> str:
+    """Returns a value as it looks in Python, cut to a length fit for a message; nested ever so deep, it does no harm."""
+    return f"{reprlib.repr(value):.80}"
+
+
+def _json_record(record: dict[str, Any]) -> dict[str, Any]:
+    if "sentence_embedding" in record:
+        record["sentence_embedding"] = record["sentence_embedding"].tolist()
+    return record
