@@ -2,7 +2,7 @@
 
 Each way of working runs over the same texts, in rounds, each round in another order. What counts are the ratios of two
 times of the same round, so that a machine that slows down for a while slows both; given are their medians and quartiles.
-Results go to results/benchmarks.json, with a picture beside it.
+A ratio of entities per second also counts what each finds. Results go to results/benchmarks.json, with a picture beside it.
 """
 
 import argparse
@@ -11,32 +11,73 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 
+from benchmarks.rivals import GLINER2, GLINER2_TEXTS, SPACY, Finder, load_rivals
 from evaluation.evaluate import ROOT, surroundings
 from pipeline_multitask import CPU_BATCH_TOKENS, ONNX_FILES, length_batches, pad_windows
 from training.data import load_split
 
-Job = Callable[[], Any]
-# What is compared: the title, whose time is above and whose below the line, the limit that must hold and the aim.
-# For a throughput the times change places.
+
+class Ratio(NamedTuple):
+    """What is compared: the times of two jobs, for a throughput the other's above ours.
+
+    Attributes:
+        title: What it is.
+        above: Name of the job whose time stands above the line.
+        below: Name of the job whose time stands below it.
+        must: The limit that has to hold.
+        aim: What would be good.
+        per_entity: Whether the two are compared by the time for an entity in place of a text.
+    """
+
+    title: str
+    above: str
+    below: str
+    must: float | None = None
+    aim: float | None = None
+    per_entity: bool = False
+
+
+ENCODE = "SentenceTransformer.encode"
 RATIOS = [
-    ("time: all outputs / bare encoder, same batches", "all outputs", "bare encoder", 1.08, 1.03),
-    ("throughput: one pass / three single-task passes", "three passes", "pipeline", 2.6, 2.9),
-    ("throughput: pipeline / SentenceTransformer.encode", "SentenceTransformer.encode", "pipeline", 1.0, 1.2),
-    ("throughput: pipeline on ONNX / SentenceTransformer.encode", "SentenceTransformer.encode", "pipeline, onnx", None, None),
-    ("throughput: pipeline on int8 / SentenceTransformer.encode", "SentenceTransformer.encode", "pipeline, onnx-int8", 1.8, 3.0),
-    ("throughput: pipeline / spaCy with NER alone", "spaCy, NER alone", "pipeline", None, None),
-    ("throughput: pipeline on int8 / spaCy with NER alone", "spaCy, NER alone", "pipeline, onnx-int8", None, None),
-]  # fmt: skip
+    Ratio("time: all outputs / bare encoder, same batches", "all outputs", "bare encoder", 1.08, 1.03),
+    Ratio("throughput: one pass / three single-task passes", "three passes", "pipeline", 2.6, 2.9),
+    Ratio("throughput: pipeline / SentenceTransformer.encode", ENCODE, "pipeline", 1.0, 1.2),
+    Ratio("throughput: pipeline on ONNX / SentenceTransformer.encode", ENCODE, "pipeline, onnx"),
+    Ratio("throughput: pipeline on int8 / SentenceTransformer.encode", ENCODE, "pipeline, onnx-int8", 1.8, 3.0),
+    Ratio(f"throughput: pipeline / {GLINER2}", GLINER2, "pipeline", aim=10),
+    Ratio(f"throughput: pipeline on int8 / {GLINER2}", GLINER2, "pipeline, onnx-int8"),
+    Ratio(f"throughput: pipeline / {SPACY}", SPACY, "pipeline"),
+    Ratio(f"throughput: pipeline on int8 / {SPACY}", SPACY, "pipeline, onnx-int8"),
+    Ratio(f"entities per second: pipeline / {SPACY}", SPACY, "pipeline", per_entity=True),
+    Ratio(f"entities per second: pipeline on int8 / {SPACY}", SPACY, "pipeline, onnx-int8", per_entity=True),
+]
+OPTIONAL_LIBRARIES = ("onnxruntime", "spacy", "gliner2")
+NOT_ONE_PASS = ("three passes", SPACY, GLINER2)  # jobs that do other work than one pass of the encoder
 DOCUMENT_ROWS = 7  # consecutive sentences that make a document: long, and within the window, so that nobody cuts it
+
+
+@dataclass
+class Job:
+    """One way of working, over the texts of all jobs.
+
+    Attributes:
+        run: Does the work once; returns how many entities it has found, None if it does not look for any.
+        share: The share of all texts that it works on, where all would take too long.
+    """
+
+    run: Callable[[], int | None]
+    share: float = 1.0
 
 
 def read_texts(data: Path, count: int) -> list[str]:
@@ -68,7 +109,7 @@ def forward_jobs(pipe: Any, texts: list[str]) -> dict[str, Job]:
         for batch in batches:
             pipe.model(**batch)
 
-    return {"bare encoder": encoder, "all outputs": everything}
+    return {"bare encoder": Job(encoder), "all outputs": Job(everything)}
 
 
 def three_passes(pipe: Any, texts: list[str]) -> Job:
@@ -81,15 +122,27 @@ def three_passes(pipe: Any, texts: list[str]) -> Job:
         for name in singles:
             pipe(texts, tasks=[name], embedding=False)
 
-    return run
+    return Job(run)
 
 
-def spacy_job(texts: list[str]) -> Job:
-    """Returns spaCy's small English pipeline with all but entities switched off."""
-    import en_core_web_sm
+def encode_job(encoder: Any, texts: list[str]) -> Job:
+    """Returns sentence-transformers' way to the embedding alone."""
 
-    entities = en_core_web_sm.load(exclude=["tagger", "parser", "attribute_ruler", "lemmatizer", "senter"])
-    return lambda: [document.ents for document in entities.pipe(texts)]
+    def run() -> None:
+        encoder.encode(texts)
+
+    return Job(run)
+
+
+def one_pass(pipe: Any, texts: list[str]) -> Job:
+    """Returns the pipeline with all outputs."""
+    return Job(lambda: sum(len(found) for record in pipe(texts) for found in record.get("entities", {}).values()))
+
+
+def rival_job(name: str, find: Finder, texts: list[str]) -> Job:
+    """Returns other software's search for entities, over a part of the texts if it is slow."""
+    some = texts[:GLINER2_TEXTS] if name == GLINER2 else texts
+    return Job(lambda: find(some), len(some) / len(texts))
 
 
 def load_pipes(model: str) -> dict[str, Any]:
@@ -101,40 +154,57 @@ def load_pipes(model: str) -> dict[str, Any]:
     return {backend: pipeline("multitask", backend=backend, **options) for backend in found}
 
 
-def all_jobs(pipes: dict[str, Any], sentence_transformer: Any, texts: list[str]) -> dict[str, Job]:
+def all_jobs(pipes: dict[str, Any], encoder: Any, rivals: dict[str, Finder], texts: list[str]) -> dict[str, Job]:
     """Returns every way of working that is installed, each over the same texts, by its name."""
     jobs = forward_jobs(pipes["torch"], texts)
-    jobs["SentenceTransformer.encode"] = lambda: sentence_transformer.encode(texts)
+    jobs[ENCODE] = encode_job(encoder, texts)
     jobs["three passes"] = three_passes(pipes["torch"], texts)
     for backend, pipe in pipes.items():
-        jobs["pipeline" if backend == "torch" else f"pipeline, {backend}"] = lambda pipe=pipe: pipe(texts)
-    if find_spec("en_core_web_sm"):
-        jobs["spaCy, NER alone"] = spacy_job(texts)
-    return jobs
+        jobs["pipeline" if backend == "torch" else f"pipeline, {backend}"] = one_pass(pipe, texts)
+    return jobs | {name: rival_job(name, find, texts) for name, find in rivals.items()}
 
 
-def run_rounds(jobs: dict[str, Job], rounds: int, log: Callable[[str], None]) -> dict[str, list[float]]:
-    """Returns the seconds of every job in every round; round r starts with the r-th job."""
+def run_rounds(
+    jobs: dict[str, Job], rounds: int, log: Callable[[str], None]
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Returns the seconds of every job in every round, and the entities it finds; round r starts with the r-th job."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    entities: dict[str, int] = {}
     names = list(jobs)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
-            jobs[name]()
-            seconds[name].append(time.perf_counter() - start)
+            found = jobs[name].run()
+            seconds[name].append((time.perf_counter() - start) / jobs[name].share)
             log(f"round {turn + 1} of {rounds}: {name} {seconds[name][-1]:.2f} s")
-    return seconds
+            if found is not None:
+                entities[name] = round(found / jobs[name].share)
+    return seconds, entities
 
 
-def compare(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Returns each ratio whose two jobs have run, with its quartiles over the rounds."""
+def compare(seconds: dict[str, list[float]], entities: dict[str, int]) -> list[dict[str, Any]]:
+    """Returns each ratio whose two jobs have run (and found any), with its quartiles over the rounds."""
     rows = []
-    for title, above, below, must, aim in RATIOS:
-        if above in seconds and below in seconds:
-            values = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+    for ratio in RATIOS:
+        names = [name for name in (ratio.above, ratio.below) if name in seconds]
+        counts = [entities.get(name, 0) if ratio.per_entity else 1 for name in names]
+        if len(names) == 2 and all(counts):
+            weight = counts[1] / counts[0]
+            values = [weight * a / b for a, b in zip(seconds[ratio.above], seconds[ratio.below], strict=True)]
             low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-            rows.append({"ratio": title, "median": middle, "quartiles": [low, high], "must": must, "aim": aim})
+            limits = {"must": ratio.must, "aim": ratio.aim}
+            rows.append({"ratio": ratio.title, "median": middle, "quartiles": [low, high], **limits})
     return rows
+
+
+def rates(seconds: dict[str, list[float]], entities: dict[str, int], texts: int) -> dict[str, dict[str, float]]:
+    """Returns how many texts each job does in a second, and how many entities it finds, by its median round."""
+    found = {}
+    for name, values in seconds.items():
+        found[name] = {"texts_per_second": texts / statistics.median(values)}
+        if name in entities:
+            found[name]["entities_per_second"] = entities[name] / statistics.median(values)
+    return found
 
 
 def shares(pipe: Any, texts: list[str]) -> dict[str, float]:
@@ -178,7 +248,7 @@ def roofline(pipe: Any, texts: list[str], seconds: dict[str, list[float]]) -> di
     config = pipe.model.config
     work = encoder_flops(config, pipe.preprocess(texts, tasks=[]))
     peak = flops_per_second(CPU_BATCH_TOKENS, config.hidden_size, config.intermediate_size)
-    names = [name for name in seconds if name not in ("three passes", "spaCy, NER alone")]
+    names = [name for name in seconds if name not in NOT_ONE_PASS]
     achieved = {name: work / statistics.median(seconds[name]) / peak for name in names}
     return {"encoder_operations": work, "operations_per_second": peak, "share_of_peak": achieved}
 
@@ -205,37 +275,57 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def show(rows: list[dict[str, Any]]) -> str:
     """Returns the comparison as a table for a console."""
-    lines = [f"{'':<62} {'median':>7}  quartiles      must   aim"]
+    lines = [f"{'':<68} {'median':>7}  quartiles      must   aim"]
     for row in rows:
         low, high = row["quartiles"]
         limits = "  ".join(f"{row[key]:5.2f}" if row[key] else "    –" for key in ("must", "aim"))
-        lines.append(f"{row['ratio']:<62} {row['median']:7.2f}  {low:.2f} to {high:.2f}  {limits}")
+        lines.append(f"{row['ratio']:<68} {row['median']:7.2f}  {low:.2f} to {high:.2f}  {limits}")
     return "\n".join(lines)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def positive(text: str) -> int:
+    """Returns a number from a command line, which must be at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from 1 up")
+    return int(text)
+
+
+def make_parser(description: str | None, texts: int, output: str) -> argparse.ArgumentParser:
+    """Returns a parser of the options of whatever measures speed.
+
+    Args:
+        description: What the program does.
+        texts: How many texts it reads by default.
+        output: Where it writes by default, from the repository's root.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), help="folder of a release; default: this repository")
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets conll2003 and tweet_sentiment")
-    parser.add_argument("--texts", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and ONNX Runtime")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/benchmarks.json")
-    args = parser.parse_args()
-    if args.texts < 1 or args.rounds < 1 or args.threads < 1:
-        parser.error("--texts, --rounds and --threads must be at least 1")
-    return args
+    parser.add_argument("--texts", type=positive, default=texts)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of torch and ONNX Runtime")
+    parser.add_argument("--output", type=Path, default=ROOT / output)
+    return parser
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes a measurement, with what it depends on."""
+    result = {**result, **surroundings()}
+    result["libraries"] |= {name: version(name) for name in OPTIONAL_LIBRARIES if find_spec(name)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = make_parser(__doc__, 10_000, "results/benchmarks.json")
+    parser.add_argument("--rounds", type=positive, default=5)
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    texts, pipes = read_texts(args.data, args.texts), load_pipes(args.model)
-    sentence_transformer = SentenceTransformer(args.model, device="cpu")
-    run_rounds(all_jobs(pipes, sentence_transformer, texts[:64]), 1, lambda line: None)  # warm-up
-    jobs = all_jobs(pipes, sentence_transformer, texts)
-    seconds = run_rounds(jobs, args.rounds, lambda line: print(line, file=sys.stderr))
-    rows = compare(seconds)
+    texts, pipes, rivals = read_texts(args.data, args.texts), load_pipes(args.model), load_rivals()
+    encoder = SentenceTransformer(args.model, device="cpu")
+    run_rounds(all_jobs(pipes, encoder, rivals, texts[:64]), 1, lambda line: None)  # warm-up
+    jobs = all_jobs(pipes, encoder, rivals, texts)
+    seconds, entities = run_rounds(jobs, args.rounds, lambda line: print(line, file=sys.stderr))
+    rows = compare(seconds, entities)
     print(show(rows))
     result = {
         "command": f"python -m benchmarks.run --data DIR --texts {args.texts} --rounds {args.rounds} --threads {args.threads}",
@@ -243,13 +333,13 @@ def main() -> None:
         "tokens": sum(len(window.input_ids) for window in pipes["torch"].preprocess(texts, tasks=[])),
         "characters": sum(map(len, texts)),
         "ratios": rows,
+        "rates": rates(seconds, entities, len(texts)),
         "seconds": seconds,
+        "entities": entities,
         "shares": {backend: shares(pipe, texts) for backend, pipe in pipes.items()},
         "roofline": roofline(pipes["torch"], texts, seconds),
-        **surroundings(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    write_result(args.output, result)
     draw(rows, args.output.with_suffix(".png"))
 
 

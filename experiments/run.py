@@ -163,7 +163,10 @@ def run_apart(cell: Cell, args: argparse.Namespace) -> None:
     """
     process = multiprocessing.get_context("forkserver").Process(target=_report_errors, args=(cell, args))
     process.start()
-    process.join()
+    try:
+        process.join()
+    finally:
+        process.kill()  # if this process is being stopped
     if process.exitcode:
         raise RuntimeError(f"{cell.path}: the run ended with {process.exitcode}; what it printed says why")
 

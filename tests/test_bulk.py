@@ -341,14 +341,11 @@ def measure_memory(release: Path, folder: Path, rows: int, found: Any) -> None:
 
 
 def test_memory_stays_flat(release, tmp_path):
-    """With ANNOTATE_ROWS=1000000 this is the stream of a million rows; by default it is a short one."""
-    rows, found = int(os.environ.get("ANNOTATE_ROWS", "16384")), PROCESSES.Queue()
+    """A short stream, chunk by chunk; `python -m benchmarks.memory` has a million rows."""
+    rows, found = 16384, PROCESSES.Queue()
     process = PROCESSES.Process(target=measure_memory, args=(release, tmp_path, rows, found))
     process.start()
     resident = [x / 2**20 for x in found.get()]
     process.join()
-    print(
-        f"{rows} rows, {len(resident)} chunks: {resident[0]:.0f}, {resident[len(resident) // 4]:.0f} … {resident[-1]:.0f} MiB"
-    )
     assert max(resident) - resident[len(resident) // 4] < 40
     assert pq.read_metadata(tmp_path / "out.parquet").num_rows == rows

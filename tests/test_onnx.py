@@ -1,6 +1,7 @@
 """The ONNX export: the numbers of PyTorch in any shape, for every encoder, with inputs that may be left out."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 
 from modeling_multitask import MultiTaskModel  # noqa: E402
-from pipeline_multitask import ONNX_FILES  # noqa: E402
+from pipeline_multitask import CPU_BATCH_TOKENS, ONNX_FILES, Record, Window, length_batches  # noqa: E402
 from release import onnx as release_onnx  # noqa: E402
 from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, write_release  # noqa: E402
 from training.recipe import Recipe  # noqa: E402
@@ -142,6 +143,53 @@ def test_the_pipeline_gives_the_same_records_through_the_export(exported):
                     other["entity_group"],
                 )
         assert rough["sentence_embedding"] @ expected["sentence_embedding"] > 0.98
+
+
+def sample_texts() -> list[str]:
+    """Returns 500 of the texts of tests/samples: tweets, news and captions."""
+    rows = [json.loads(line) for path in sorted((ROOT / "tests/samples").glob("*.jsonl")) for line in path.open()]
+    texts = (text for row in rows for text in (row.get("text"), row.get("sentence1"), row.get("sentence2")) if text)
+    distinct = list(dict.fromkeys([*texts, *(" ".join(row["tokens"]) for row in rows if "tokens" in row)]))
+    return random.Random(0).sample(distinct, 500)
+
+
+def answers(folder: Path, backend: str, texts: list[str]) -> tuple[list[Window], list[Record]]:
+    """Returns what a backend says of each window of the texts, and the records."""
+    pipe = pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend=backend)
+    tasks = list(pipe.model.config.tasks)
+    windows = pipe.preprocess(texts, tasks=tasks)
+    for batch in length_batches(windows, CPU_BATCH_TOKENS):
+        pipe._forward(batch, tasks=tasks)
+    return windows, pipe.postprocess(texts, windows, tasks=tasks, embedding=True)
+
+
+def decisions(record: Record) -> list[Any]:
+    """Returns a record's labels and entities without numbers that may differ in their last bits."""
+    labels = [answer.get("label", answer.get("labels")) for answer in record.get("labels", {}).values()]
+    return labels + [(x["entity_group"], x["start"], x["end"]) for found in record["entities"].values() for x in found]
+
+
+def assert_backends_agree(folder: Path, texts: list[str]) -> None:
+    """Checks that the float32 export gives PyTorch's logits and labels, and eight bits nearly always the same label."""
+    (windows, records), (found, exact), (_, rough) = (answers(folder, backend, texts) for backend in ("torch", *ONNX_FILES))
+    for one, other in zip(windows, found, strict=True):
+        np.testing.assert_allclose(other.embedding, one.embedding, atol=1e-4)
+        for name, logits in one.logits.items():
+            np.testing.assert_allclose(other.logits[name], logits, atol=1e-4, err_msg=name)
+    assert [decisions(record) for record in exact] == [decisions(record) for record in records]
+    for task, answer in records[0]["labels"].items():
+        if "label" in answer:
+            same = [x["labels"][task]["label"] == y["labels"][task]["label"] for x, y in zip(records, rough, strict=True)]
+            assert np.mean(same) > 0.85, task
+
+
+def test_every_backend_agrees_with_pytorch_on_real_texts(exported):
+    assert_backends_agree(exported()[0], sample_texts())
+
+
+@pytest.mark.skipif(not (ROOT / ONNX_FILES["onnx"]).exists(), reason="not exported; python -m release.onnx . does it")
+def test_every_backend_of_this_repositorys_model_agrees_with_pytorch_on_real_texts():
+    assert_backends_agree(ROOT, sample_texts())
 
 
 def test_each_backend_is_measured_on_the_tasks_of_the_recipe(exported):
