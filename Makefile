@@ -54,14 +54,15 @@ bench:
 # The small grid behind discussion.md, about six hours on two cores; it continues where it was.
 experiments:
 	python -m experiments.run --encoder $(ENCODER) $(FROM_DATA)
-	python -m experiments.report
 
 # The page to try the model in a browser.
 demo:
 	python -m demo.app
 
+# README.md and discussion.md from results/.
 card:
 	python -m release.card
+	python -m experiments.report
 
 check:
 	python -m release.check .
