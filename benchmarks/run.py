@@ -268,6 +268,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             if value:
                 axes.plot(value, place, marker, color="tab:orange", markersize=12 if marker == "|" else 6)
     axes.set_yticks(range(len(rows)), [row["ratio"] for row in reversed(rows)])
+    axes.set_xscale("log")
+    axes.axvline(1, color="gray", linewidth=1)
     axes.set_xlabel("median over rounds; gray: quartiles\norange: what must hold (line), what we aim at (dot)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
