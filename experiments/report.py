@@ -296,6 +296,10 @@ def draw_conflicts(found: dict[str, dict[str, list[Result]]], path: Path) -> Non
     _finish(figure, axes, path)
 
 
+# By the table that must have results before there is anything to see.
+PICTURES = {"preserving": draw_trade, "sizes": draw_sizes, "conflicts": draw_conflicts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="small")
@@ -306,9 +310,10 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"{path}: {error}")
     found = load(args.budget)
-    for draw in (draw_trade, draw_sizes, draw_conflicts):
-        draw(found, RESULTS / f"{draw.__name__.removeprefix('draw_')}.png")
-    print("discussion.md and the pictures in results/experiments/ show the results")
+    for name, draw in PICTURES.items():
+        if name in found:
+            draw(found, RESULTS / f"{name}.png")
+    print("discussion.md, and what pictures there are in results/experiments/, show the results")
 
 
 if __name__ == "__main__":
