@@ -1,7 +1,7 @@
 """Writes what was measured into discussion.md: `python -m experiments.report [--budget small]`.
 
-Between its markers, discussion.md holds a table for each table of experiments/grid.toml that has results, and the tables
-of earlier runs. Pictures go to results/experiments/. Rendering again changes nothing.
+Between its markers, discussion.md holds a table for each table of experiments/grid.toml that has results. Pictures go to
+results/experiments/. Rendering again changes nothing.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from scipy.stats import t as student
 
 from evaluation.plots import COLOURS
 from experiments.run import GRID, RESULTS
-from release.card import ROOT, fill, read
+from release.card import ROOT, fill
 
 # Readable on white and on black.
 GRAY = "#888888"
@@ -119,10 +119,11 @@ def table(name: str, grid: dict[str, Any], found: dict[str, dict[str, list[Resul
         return "*Not run yet.*\n"
     columns = [COLUMNS[key] for key in grid["tables"][name]["columns"]]
     by_row = {row: [values(results, column) for column in columns] for row, results in rows.items()}
-    references = [next((x[i] for x in by_row.values() if x[i]), {}) for i in range(len(columns))]
+    firsts = [next((x[i] for x in by_row.values() if x[i]), {}) for i in range(len(columns))]
+    against = {cell["name"]: by_row.get(cell.get("against"), firsts) for cell in grid["tables"][name]["cells"]}
     lines = ["| setting | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row, cells in by_row.items():
-        shown = [_shown(*x) for x in zip(cells, references, columns, strict=True)]
+        shown = [_shown(*x) for x in zip(cells, against.get(row, firsts), columns, strict=True)]
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     halves = [[half for x in by_row.values() for _, half in x[i].values() if half] for i in range(len(columns))]
     shown = [f"*±{statistics.mean(half):.3f}*" if half else "" for half in halves]
@@ -141,10 +142,8 @@ def heading(name: str, rows: dict[str, list[Result]], grid: dict[str, Any], budg
     """Returns how the numbers of a table came about."""
     seeds = [len(results) for results in rows.values()]
     count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
-    return (
-        f"`python -m experiments.run {name} --budget {budget}`: {grid['budgets'][budget]['about']}; mean of {count} "
-        f"seed{'' if max(seeds) == 1 else 's'}."
-    )
+    about = grid["tables"][name].get("about", grid["budgets"][budget]["about"])
+    return f"`python -m experiments.run {name} --budget {budget}`: {about}; mean of {count} seed{'' if max(seeds) == 1 else 's'}."
 
 
 def conflict_table(grid: dict[str, Any], found: dict[str, dict[str, list[Result]]], budget: str) -> str:
@@ -167,42 +166,6 @@ def conflict_table(grid: dict[str, Any], found: dict[str, dict[str, list[Result]
     return f"{heading('conflicts', rows, grid, budget)}\n\n" + "\n".join(lines) + "\n"
 
 
-def comparison(runs: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
-    """Returns a Markdown table of the same measures for several runs, given by their column titles.
-
-    A task that was added to the model later is in none of them, and not in the table.
-    """
-    measures = [
-        (f"{task['dataset_name']}, {metric['name']}", name, metric["key"])
-        for name, task in described.items()
-        if any(name in run["tasks"] for run in runs.values())
-        for metric in task["metrics"]
-    ]
-    measures += [
-        ("STS-B, Spearman, starting encoder's own 384", "similarity", "spearman_reference"),
-        ("mean cosine to the starting encoder", "similarity", "cosine_raw"),
-        ("neighbours kept at 10", "similarity", "neighbours_at_10"),
-    ]
-    lines = ["| measure | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
-    for title, name, key in measures:
-        values = [run["tasks"][name]["metrics"][key] for run in runs.values()]
-        lines.append(f"| {title} | " + " | ".join(f"{x:.3f}" for x in values) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def lever_table(found: dict[str, Any]) -> str:
-    """Returns the Markdown table of what single settings change in the validation metrics of a small run.
-
-    Args:
-        found: One entry of results/levers.json: `columns`, metric keys to titles, and `runs`, names to metrics.
-    """
-    columns = found["columns"]
-    lines = ["| setting | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, metrics in found["runs"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{metrics[key]:.3f}" for key in columns) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def render(text: str, budget: str, results: Path = RESULTS) -> str:
     """Returns discussion.md with all its tables made anew."""
     grid, found = tomllib.loads(GRID.read_text("utf-8")), load(budget, results)
@@ -211,14 +174,6 @@ def render(text: str, budget: str, results: Path = RESULTS) -> str:
             text = fill(text, f"experiment-{name}", conflict_table(grid, found, budget))
         elif "columns" in fields:
             text = fill(text, f"experiment-{name}", table(name, grid, found, budget))
-    runs = {
-        "heads at 2e-4": read("slow_heads_validation"),
-        "heads at 2e-3": read("fast_heads_validation"),
-        "the release": read("release_validation"),
-    }
-    text = fill(text, "comparison", comparison(runs, read("tasks")))
-    for name, levers in read("levers").items():
-        text = fill(text, f"levers-{name}", lever_table(levers))
     return text
 
 
@@ -250,19 +205,21 @@ def _finish(figure: Figure, axes: Any, path: Path) -> None:
 
 def draw_trade(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
     """Draws what the tasks gain against what of the embedding is kept, for all settings that train all tasks."""
-    figure, axes = _axes(8, 5)
-    for colour, name in zip(COLOURS, ("base", "freezing", "preserving"), strict=False):
-        rows = {row: results for row, results in found.get(name, {}).items() if all(len(x["tasks"]) == 4 for x in results)}
-        points = [
-            (statistics.mean(x["drift"]["metrics"]["neighbours_at_10"] for x in r), statistics.mean(x["average"] for x in r))
-            for r in rows.values()
-        ]
-        if points:
-            axes.scatter(*zip(*points, strict=True), color=colour, label=name)
-        for row, point in zip(rows, points, strict=True):
-            axes.annotate(row, point, xytext=(4, 3), textcoords="offset points", fontsize=7, color=GRAY)
+    figure, axes = _axes(9.5, 5)
+    points = [
+        (statistics.mean(x["drift"]["metrics"]["neighbours_at_10"] for x in results),
+         statistics.mean(x["average"] for x in results), colour, row)
+        for colour, name in zip(COLOURS, ("base", "freezing", "preserving"), strict=False)
+        for row, results in found.get(name, {}).items()
+        if all(len(x["tasks"]) == len(TASKS) for x in results)
+    ]  # fmt: skip
+    for number, (kept, average, colour, row) in enumerate(sorted(points), 1):
+        axes.scatter(kept, average, color=colour, label=f"{number}  {row}")
+        above = (-4, 6) if number % 2 else (-4, -14)  # neighbours along the axis do not cover each other
+        axes.annotate(str(number), (kept, average), xytext=above, textcoords="offset points", fontsize=8, color=GRAY)
     _label(axes, "neighbours kept, on texts of no task", "average of the four tasks")
-    _finish(figure, axes, path)
+    figure.legend(loc="outside right upper", frameon=False, labelcolor=GRAY, fontsize=8)
+    figure.savefig(path, dpi=110, transparent=True)
 
 
 def draw_sizes(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
@@ -277,7 +234,9 @@ def draw_sizes(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
         if scores:
             halves = [x[0][1] for x in scores.values()]
             axes.errorbar(list(scores), means, halves, color=colour, marker="o", capsize=3, label=company)
-    axes.set_xscale("log")
+        axes.set_xscale("log")
+        axes.set_xticks(list(scores), [f"{size:,}" for size in scores])
+        axes.minorticks_off()
     _label(axes, "tweets of emotion", "macro F1, with its 95 % interval")
     _finish(figure, axes, path)
 

@@ -188,6 +188,12 @@ def test_a_table_compares_with_its_first_row(tmp_path):
         "| as it is | 0.800 |  |\n| led | **0.900** |  |\n| *half of a single value's 95 % interval* | *±0.010* |  |\n"
     )
     assert report.table("taught", grid, {}, "small") == "*Not run yet.*\n"
+    grid["tables"]["taught"] |= {"about": "its own data"}
+    grid["tables"]["taught"]["cells"][1] = {"name": "later", "against": "led"}
+    found["taught"]["later"] = [result(0, 0.9)]
+    table = report.table("taught", grid, found, "small")
+    assert "--budget small`: its own data; mean" in table
+    assert "| led | **0.900** |  |\n| later | 0.900 |  |" in table, "as the row that it is compared with"
 
 
 def test_results_are_read_by_table_setting_and_seed(tmp_path):
