@@ -197,9 +197,9 @@ def _label(axes: Any, x: str, y: str) -> None:
     axes.set_ylabel(y, color=GRAY)
 
 
-def _finish(figure: Figure, axes: Any, path: Path) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, labelcolor=GRAY)
+def _finish(figure: Figure, path: Path) -> None:
+    if figure.axes[0].get_legend_handles_labels()[1]:
+        figure.legend(loc="outside right upper", frameon=False, labelcolor=GRAY, fontsize=8)
     figure.savefig(path, dpi=110, transparent=True)
 
 
@@ -218,13 +218,12 @@ def draw_trade(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
         above = (-4, 6) if number % 2 else (-4, -14)  # neighbours along the axis do not cover each other
         axes.annotate(str(number), (kept, average), xytext=above, textcoords="offset points", fontsize=8, color=GRAY)
     _label(axes, "neighbours kept, on texts of no task", "average of the four tasks")
-    figure.legend(loc="outside right upper", frameon=False, labelcolor=GRAY, fontsize=8)
-    figure.savefig(path, dpi=110, transparent=True)
+    _finish(figure, path)
 
 
 def draw_sizes(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
     """Draws emotion's score over the number of its training texts, alone and with the other tasks."""
-    figure, axes = _axes(6, 4)
+    figure, axes = _axes(7, 3.5)
     for colour, company in zip(COLOURS, ("alone", "with the others"), strict=False):
         rows = {
             int(row.split()[0].replace(",", "")): r for row, r in found.get("sizes", {}).items() if row.endswith(company)
@@ -238,12 +237,12 @@ def draw_sizes(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
         axes.set_xticks(list(scores), [f"{size:,}" for size in scores])
         axes.minorticks_off()
     _label(axes, "tweets of emotion", "macro F1, with its 95 % interval")
-    _finish(figure, axes, path)
+    _finish(figure, path)
 
 
 def draw_conflicts(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
     """Draws the cosines between the tasks' gradients over a run."""
-    figure, axes = _axes(7, 4)
+    figure, axes = _axes(8.5, 4)
     for results, style in zip(found.get("conflicts", {}).values(), ("-", "--"), strict=False):
         points = results[0]["gradients"]
         pairs = [pair for pair in points[0]["cosines"] if len(set(pair.split()) - {"drift"}) == 2 and "drift" not in pair]
@@ -252,7 +251,7 @@ def draw_conflicts(found: dict[str, dict[str, list[Result]]], path: Path) -> Non
             axes.plot([x["step"] for x in points], [x["cosines"][pair] for x in points], style, color=colour, label=label)
     axes.axhline(0, color=GRAY, linewidth=1)
     _label(axes, "step (dashed: nothing preserved)", "cosine of gradients")
-    _finish(figure, axes, path)
+    _finish(figure, path)
 
 
 # By the table that must have results before there is anything to see.
