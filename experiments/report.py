@@ -120,7 +120,10 @@ def table(name: str, grid: dict[str, Any], found: dict[str, dict[str, list[Resul
     columns = [COLUMNS[key] for key in grid["tables"][name]["columns"]]
     by_row = {row: [values(results, column) for column in columns] for row, results in rows.items()}
     firsts = [next((x[i] for x in by_row.values() if x[i]), {}) for i in range(len(columns))]
-    against = {cell["name"]: by_row.get(cell.get("against"), firsts) for cell in grid["tables"][name]["cells"]}
+    nothing: list[dict[int, Value]] = [{} for _ in columns]  # a row whose counterpart has not run yet is compared with none
+    against = {
+        cell["name"]: by_row.get(cell["against"], nothing) for cell in grid["tables"][name]["cells"] if "against" in cell
+    }
     lines = ["| setting | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row, cells in by_row.items():
         shown = [_shown(*x) for x in zip(cells, against.get(row, firsts), columns, strict=True)]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,15 @@ def test_a_table_compares_with_its_first_row(tmp_path):
     table = report.table("taught", grid, found, "small")
     assert "--budget small`: its own data; mean" in table
     assert "| led | **0.900** |  |\n| later | 0.900 |  |" in table, "as the row that it is compared with"
+    del found["taught"]["led"]
+    assert "| later | 0.900 |  |" in report.table("taught", grid, found, "small"), "not compared with another in its place"
+
+
+def test_a_row_is_compared_with_one_of_its_table():
+    for fields in tomllib.loads(run.GRID.read_text("utf-8"))["tables"].values():
+        assert {cell["against"] for cell in fields["cells"] if "against" in cell} <= {
+            cell["name"] for cell in fields["cells"]
+        }
 
 
 def test_results_are_read_by_table_setting_and_seed(tmp_path):
