@@ -1,7 +1,7 @@
-"""Writes what was measured into discussion.md: `python -m experiments.report [--budget small]`.
+"""Writes what was measured into discussion.md: `python -m experiments.report`.
 
-Between its markers, discussion.md holds a table for each table of experiments/grid.toml that has results. Pictures go to
-results/experiments/. Rendering again changes nothing.
+Between its markers, discussion.md holds a table for each table of experiments/grid.toml and budget that has results. Pictures,
+of the small budget, go to results/experiments/. Rendering again changes nothing.
 """
 
 import argparse
@@ -115,8 +115,6 @@ def differs(values: dict[int, Value], reference: dict[int, Value]) -> bool:
 def table(name: str, grid: dict[str, Any], found: dict[str, dict[str, list[Result]]], budget: str) -> str:
     """Returns a table of the grid in Markdown, with the budget and the command above it."""
     rows = rows_of(name, grid, found)
-    if not rows:
-        return "*Not run yet.*\n"
     columns = [COLUMNS[key] for key in grid["tables"][name]["columns"]]
     by_row = {row: [values(results, column) for column in columns] for row, results in rows.items()}
     firsts = [next((x[i] for x in by_row.values() if x[i]), {}) for i in range(len(columns))]
@@ -152,8 +150,6 @@ def heading(name: str, rows: dict[str, list[Result]], grid: dict[str, Any], budg
 def conflict_table(grid: dict[str, Any], found: dict[str, dict[str, list[Result]]], budget: str) -> str:
     """Returns the mean cosine of each pair of losses over the run, once the start is left behind."""
     rows = rows_of("conflicts", grid, found)
-    if not rows:
-        return "*Not run yet.*\n"
     pairs = sorted({pair for results in rows.values() for x in results for pair in x["gradients"][0]["cosines"]})
     lines = ["| the gradients of | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for pair in sorted(pairs, key=lambda pair: len(set(pair.split())), reverse=True):
@@ -169,14 +165,15 @@ def conflict_table(grid: dict[str, Any], found: dict[str, dict[str, list[Result]
     return f"{heading('conflicts', rows, grid, budget)}\n\n" + "\n".join(lines) + "\n"
 
 
-def render(text: str, budget: str, results: Path = RESULTS) -> str:
+def render(text: str, results: Path = RESULTS) -> str:
     """Returns discussion.md with all its tables made anew."""
-    grid, found = tomllib.loads(GRID.read_text("utf-8")), load(budget, results)
-    for name, fields in grid["tables"].items():
-        if fields.get("gradients"):
-            text = fill(text, f"experiment-{name}", conflict_table(grid, found, budget))
-        elif "columns" in fields:
-            text = fill(text, f"experiment-{name}", table(name, grid, found, budget))
+    grid = tomllib.loads(GRID.read_text("utf-8"))
+    for budget in grid["budgets"]:
+        found = load(budget, results)
+        for name in set(found) - {"base"}:
+            gradients = grid["tables"][name].get("gradients")
+            made = conflict_table(grid, found, budget) if gradients else table(name, grid, found, budget)
+            text = fill(text, f"experiment-{budget}-{name}", made)
     return text
 
 
@@ -262,15 +259,13 @@ PICTURES = {"preserving": draw_trade, "sizes": draw_sizes, "conflicts": draw_con
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", default="small")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     path = ROOT / "discussion.md"
     try:
-        path.write_text(render(path.read_text("utf-8"), args.budget), "utf-8")
+        path.write_text(render(path.read_text("utf-8")), "utf-8")
     except ValueError as error:
         sys.exit(f"{path}: {error}")
-    found = load(args.budget)
+    found = load("small")
     for name, draw in PICTURES.items():
         if name in found:
             draw(found, RESULTS / f"{name}.png")

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from evaluation.evaluate import ROOT, average, measure, measure_drift, surroundings
@@ -137,6 +138,7 @@ def train_and_measure(cell: Cell, recipe: Recipe, folder: Path, args: argparse.N
         train(recipe, folder, resume=resumed)
     seconds = time.process_time() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    costs = not resumed and not torch.accelerator.is_available()  # on a GPU, the processor's share says nothing
     metrics, run = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("metrics", "run"))
     model = MultiTaskModel.from_pretrained(folder / "final")
     pipe = MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder / "final"))
@@ -144,8 +146,8 @@ def train_and_measure(cell: Cell, recipe: Recipe, folder: Path, args: argparse.N
     dataset, folder_name, *place = cell.unseen
     unseen = str(args.data / folder_name) if args.data else dataset
     return {
-        "processor_seconds": None if resumed else round(seconds),
-        "peak_memory_mb": None if resumed else round(memory),
+        "processor_seconds": round(seconds) if costs else None,
+        "peak_memory_mb": round(memory) if costs else None,
         "steps": metrics["steps"],
         "trained_parameters": run["trained"],
         "data": run["data"],

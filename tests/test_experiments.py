@@ -188,7 +188,6 @@ def test_a_table_compares_with_its_first_row(tmp_path):
         "| setting | entity F1 | sentiment, macro recall |\n|---|---|---|\n"
         "| as it is | 0.800 |  |\n| led | **0.900** |  |\n| *half of a single value's 95 % interval* | *±0.010* |  |\n"
     )
-    assert report.table("taught", grid, {}, "small") == "*Not run yet.*\n"
     grid["tables"]["taught"] |= {"about": "its own data"}
     grid["tables"]["taught"]["cells"][1] = {"name": "later", "against": "led"}
     found["taught"]["later"] = [result(0, 0.9)]
@@ -216,4 +215,4 @@ def test_results_are_read_by_table_setting_and_seed(tmp_path):
 
 def test_the_discussion_shows_the_results_of_this_repository():
     text = Path(ROOT, "discussion.md").read_text("utf-8")
-    assert report.render(text, "small") == text
+    assert report.render(text) == text

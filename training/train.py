@@ -348,6 +348,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
     seconds = time.monotonic() - started
     if trainer.is_world_process_zero():
         finish(trainer, recipe, output, tokenizer, seconds)
+    trainer.accelerator.end_training()  # a process that exits within its group can be aborted, all work being done
     return trainer.model
 
 
