@@ -51,7 +51,7 @@ bench:
 	python -m benchmarks.profile $(FROM_DATA)
 	python -m benchmarks.memory
 
-# The small grid behind discussion.md, about six hours on two cores; it continues where it was.
+# The small grid behind discussion.md, about three hours a seed on two cores; it continues where it was.
 experiments:
 	python -m experiments.run --encoder $(ENCODER) $(FROM_DATA)
 

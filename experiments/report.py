@@ -48,11 +48,12 @@ def _cost(key: str, unit: float = 1.0) -> Callable[[Result], Value | None]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its title, what it reads from a result, and how many decimals it shows."""
+    """A column of a table: its title, what it reads from a result, how many decimals it shows, and whether rows are compared."""
 
     title: str
     read: Callable[[Result], Value | None]
     decimals: int = 3
+    compared: bool = True
 
 
 COLUMNS = {
@@ -65,9 +66,9 @@ COLUMNS = {
     "average": Column("average", lambda result: (result["average"], None)),
     "kept": Column("neighbours kept", lambda result: _measured(result["drift"], "neighbours_at_10")),
     "cosine": Column("cosine to the start", lambda result: _measured(result["drift"], "cosine_raw")),
-    "seconds": Column("processor, s", _cost("processor_seconds"), 0),
-    "memory": Column("memory, MB", _cost("peak_memory_mb"), 0),
-    "trained": Column("trained, millions", _cost("trained_parameters", 1e6), 1),
+    "seconds": Column("processor, s", _cost("processor_seconds"), 0, compared=False),
+    "memory": Column("memory, MB", _cost("peak_memory_mb"), 0, compared=False),
+    "trained": Column("trained, millions", _cost("trained_parameters", 1e6), 1, compared=False),
 }
 
 
@@ -136,7 +137,7 @@ def _shown(cell: dict[int, Value], reference: dict[int, Value], column: Column) 
     if not cell:
         return ""
     mean = f"{statistics.mean(value for value, _ in cell.values()):.{column.decimals}f}"
-    return f"**{mean}**" if cell is not reference and differs(cell, reference) else mean
+    return f"**{mean}**" if column.compared and cell is not reference and differs(cell, reference) else mean
 
 
 def heading(name: str, rows: dict[str, list[Result]], grid: dict[str, Any], budget: str) -> str:

@@ -190,8 +190,9 @@ def training_text(training: dict[str, Any]) -> str:
             with `watts_source` and `grams_per_kwh` with `grams_source`.
     """
     hours = training["seconds"] / 3600
+    time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     return (
-        f"{training['steps']:,} steps took {hours:.1f} hours on {training['hardware_used']}. That is about "
+        f"{training['steps']:,} steps took {time} on {training['hardware_used']}. That is about "
         f"{hours * training['watts']:,.0f} Wh at {training['watts']} W ({training['watts_source']}), and "
         f"{emissions(training)['emissions']:,} g of CO₂ at {training['grams_per_kwh']} g/kWh ({training['grams_source']}).\n"
     )

@@ -126,6 +126,13 @@ def test_eight_bits_are_smaller_and_mostly_agree(exported, model_type):
     assert session(folder, "onnx-int8").run(["sentence_embedding"], feed(1, 2))[0].shape == (1, 8)
 
 
+def test_the_product_with_the_greatest_values_stays_in_float(exported):
+    nodes = onnx.load(exported()[0] / ONNX_FILES["onnx-int8"]).graph.node
+    activations = {output for node in nodes if node.op_type == "Gelu" for output in node.output}
+    readers = [node.op_type for node in nodes if activations & set(node.input)]
+    assert readers.count("MatMul") == 1 and readers.count("DynamicQuantizeLinear") >= 1
+
+
 def test_the_pipeline_gives_the_same_records_through_the_export(exported):
     folder, _ = exported()
     found = {}
