@@ -13,6 +13,7 @@ Every batch is of one task; tasks share the encoder. The run folder then holds:
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -348,7 +349,6 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
     seconds = time.monotonic() - started
     if trainer.is_world_process_zero():
         finish(trainer, recipe, output, tokenizer, seconds)
-    trainer.accelerator.end_training()  # a process that exits within its group can be aborted, all work being done
     return trainer.model
 
 
@@ -383,6 +383,16 @@ def finish(
     print(f"{output}/final holds the trained model; {measured}")
 
 
+def leave() -> None:
+    """Ends one of several processes, all of its work being done, without taking its threads down one by one.
+
+    Those of torch.distributed (gloo) now and then abort a process on its way out, and torchrun then reports a failure.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
@@ -400,6 +410,8 @@ def main() -> None:
     try:
         recipe = Recipe.read(args.recipe, args.data, args.encoder, args.set)
         train(recipe.only(*args.only) if args.only else recipe, args.output, args.resume)
+        if torch.distributed.is_initialized():
+            leave()
     except (RecipeError, DataError, TrainingError, OSError) as error:
         sys.exit(str(error))
 
