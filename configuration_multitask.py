@@ -76,6 +76,8 @@ class TaskSpec:
             or `"regression"`.
         classifier_dropout: Dropout before the classifier in training, in [0, 1).
         hidden_dim: Width of a hidden layer (GELU) before the classifier; None for a linear head.
+        kernel_size: Token tasks only: how many tokens in a row the hidden layer reads for the one in their middle (Collobert
+            et al. 2011, Natural language processing (almost) from scratch), an odd number; 1: that token alone.
         layer_mix: Whether the head reads a learned softmax mix of all encoder layers (Peters et al. 2018, ELMo)
             instead of the last one.
         pooling_mode: Sequence tasks only: how this head pools token vectors; None: as the sentence embedding does. A head
@@ -95,6 +97,7 @@ class TaskSpec:
     problem_type: str | None = None
     classifier_dropout: float = 0.1
     hidden_dim: int | None = None
+    kernel_size: int = 1
     layer_mix: bool = False
     pooling_mode: str | None = None
     casing_dim: int | None = None
@@ -114,6 +117,10 @@ class TaskSpec:
             width = getattr(self, field)
             self._require(width is None or (type(width) is int and width > 0), field, "a positive integer or null")
         self._require(self.casing_dim is None or self.kind == TOKEN, "casing_dim", f"null for a {SEQUENCE} task")
+        size = self.kernel_size
+        self._require(type(size) is int and size > 0 and size % 2 == 1, "kernel_size", "an odd positive integer")
+        wide = self.kind == TOKEN and self.hidden_dim is not None
+        self._require(size == 1 or wide, "kernel_size", f"1, or for a {TOKEN} task with a hidden_dim an odd number")
         self._require(isinstance(self.layer_mix, bool), "layer_mix", "true or false")
         modes = (None, *POOLING_MODES) if self.kind == SEQUENCE else (None,)
         self._require(self.pooling_mode in modes, "pooling_mode", f"null, or for a text {', '.join(POOLING_MODES)}")

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -101,6 +102,17 @@ def mix_layers(weights: Tensor, hidden_states: tuple[Tensor, ...]) -> Tensor:
     return sum(weighted[1:], start=weighted[0])
 
 
+class TokenWindow(nn.Conv1d):
+    """A linear layer that reads each token together with its neighbours on either side; there are zeros around a text."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int) -> None:
+        super().__init__(in_dim, out_dim, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Returns float [B, T, out_dim] for vectors [B, T, in_dim]; what stands in the padding has no influence."""
+        return super().forward((vectors * mask.unsqueeze(-1)).transpose(1, 2)).transpose(1, 2)
+
+
 class CasingEmbedding(nn.Module):
     """A vector for how each word is written, seen together with its two neighbours on either side.
 
@@ -110,12 +122,11 @@ class CasingEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(CASINGS), dim)
-        self.context = nn.Conv1d(dim, dim, kernel_size=5, padding=2)
+        self.context = TokenWindow(dim, dim, kernel_size=5)
 
     def forward(self, casing_ids: Tensor, mask: Tensor) -> Tensor:
         """Returns float [B, T, casing_dim] for indices into `CASINGS`, int [B, T]; padding has no influence."""
-        vectors = self.embedding(casing_ids) * mask.unsqueeze(-1)  # [B, T, D]
-        return F.gelu(self.context(vectors.transpose(1, 2)).transpose(1, 2))
+        return F.gelu(self.context(self.embedding(casing_ids), mask))
 
 
 class TaskHead(nn.Module):
@@ -127,14 +138,17 @@ class TaskHead(nn.Module):
         self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1)) if spec.layer_mix else None
         self.casing = CasingEmbedding(spec.casing_dim) if spec.casing_dim else None
         features = hidden_size + (spec.casing_dim or 0)
-        self.dense = nn.Linear(features, spec.hidden_dim) if spec.hidden_dim else None
+        self.dense: nn.Module | None = None
+        if spec.hidden_dim is not None:
+            new = nn.Linear if spec.kernel_size == 1 else partial(TokenWindow, kernel_size=spec.kernel_size)
+            self.dense = new(features, spec.hidden_dim)
         self.dropout = nn.Dropout(spec.classifier_dropout)
         self.classifier = nn.Linear(spec.hidden_dim or features, len(spec.labels))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Returns logits, float [..., C], for features [..., H]."""
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns logits, float [..., C], for features [..., H]; a head with a kernel reads tokens, of `mask`, int [B, T]."""
         if self.dense is not None:
-            features = F.gelu(self.dense(features))
+            features = F.gelu(self.dense(features, mask) if isinstance(self.dense, TokenWindow) else self.dense(features))
         return self.classifier(self.dropout(features)) / self.spec.temperature
 
 
@@ -325,7 +339,8 @@ class MultiTaskModel(PreTrainedModel):
         weights = head.layer_weights
         hidden = encoded.last_hidden_state if weights is None else mix_layers(weights, encoded.hidden_states)  # [B, T, H]
         if head.spec.kind == TOKEN:
-            return head(hidden if head.casing is None else torch.cat([hidden, head.casing(casing_ids, mask)], dim=-1))
+            casing = [] if head.casing is None else [head.casing(casing_ids, mask)]
+            return head(torch.cat([hidden, *casing], dim=-1), mask)
         if weights is not None or head.spec.pooling_mode is not None:
             pooled = pool(hidden, mask, head.spec.pooling_mode or self.config.pooling_mode)
         return head(pooled)
