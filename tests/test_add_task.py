@@ -116,6 +116,7 @@ HEADS = {
     "layer mix, root": (CITY, {"layer_mix": True, "pooling_mode": "mean_sqrt_len_tokens"}),
     "layer mix, maximum": (CITY, {"layer_mix": True, "pooling_mode": "max"}),
     "words": (PLACE, {}),
+    "words with their neighbours": (PLACE, {"hidden_dim": 8, "kernel_size": 3}),
     "words with casing and layer mix": (PLACE, {"layer_mix": True, "casing_dim": 4, "hidden_dim": 8, "temperature": 2.0}),
 }
 

@@ -27,6 +27,8 @@ def specs(draw: st.DrawFn) -> dict:
         "loss_weight": draw(numbers),
     }
     spec |= draw(st.fixed_dictionaries({}, optional={"hidden_dim": st.integers(1, 64), "layer_mix": st.booleans()}))
+    if spec["kind"] == KINDS[1] and "hidden_dim" in spec:
+        spec["kernel_size"] = draw(st.sampled_from([1, 3, 5]))
     if spec["kind"] == KINDS[0]:
         spec["problem_type"] = draw(st.sampled_from(PROBLEM_TYPES))
         if spec["problem_type"] == PROBLEM_TYPES[1]:
@@ -108,6 +110,10 @@ TEXT = {"kind": "sequence_classification", "labels": ["a", "b"]}
         ({"tasks": {"a": {**NER, "labels": ["B-X", "I-X"]}}}, "tasks.a.labels .* 'O' among them"),
         ({"tasks": {"a": {**TEXT, "classifier_dropout": 1.0}}}, r"tasks.a.classifier_dropout is 1.0; allowed: a number in"),
         ({"tasks": {"a": {**TEXT, "hidden_dim": 1.5}}}, "tasks.a.hidden_dim is 1.5"),
+        ({"tasks": {"a": {**NER, "hidden_dim": 8, "kernel_size": 4}}}, "tasks.a.kernel_size is 4; allowed: an odd positive"),
+        ({"tasks": {"a": {**NER, "hidden_dim": 8, "kernel_size": True}}}, "tasks.a.kernel_size is True; allowed: an odd"),
+        ({"tasks": {"a": {**NER, "kernel_size": 3}}}, "tasks.a.kernel_size is 3; allowed: 1, or for a token_classification"),
+        ({"tasks": {"a": {**TEXT, "hidden_dim": 8, "kernel_size": 3}}}, "tasks.a.kernel_size is 3; allowed: 1, or for a token"),
         ({"tasks": {"a": {**NER, "casing_dim": 0}}}, "tasks.a.casing_dim is 0; allowed: a positive integer or null"),
         ({"tasks": {"a": {**TEXT, "casing_dim": 8}}}, "tasks.a.casing_dim is 8; allowed: null for a sequence"),
         (

@@ -157,6 +157,19 @@ def test_a_hidden_layer_makes_the_head_an_mlp():
     torch.testing.assert_close(head(pooled), expected)
 
 
+def test_a_kernel_reads_a_token_with_its_neighbours_and_no_further():
+    fields = {"kind": "token_classification", "labels": ["O", "B-X"], "hidden_dim": 16, "kernel_size": 5}
+    head = tiny_model(tasks={"ner": fields}).heads["ner"]
+    vectors, mask = torch.randn(1, 9, 32), torch.tensor([[1] * 8 + [0]])
+    other = vectors.clone()
+    other[0, 3] += 1
+    changed = (head(vectors, mask) != head(other, mask)).any(dim=-1)[0]
+    assert changed.tolist() == [False, True, True, True, True, True, False, False, False]
+    other = vectors.clone()
+    other[0, 8] += 1  # padding
+    assert torch.equal(head(vectors, mask), head(other, mask))
+
+
 def test_a_head_can_pool_in_its_own_way():
     fields = {"kind": "sequence_classification", "labels": ["a", "b"]}
     model = tiny_model(tasks={"own": {**fields, "pooling_mode": "cls"}, "shared": fields})
@@ -179,8 +192,10 @@ def test_casing_reaches_its_head_and_nothing_else():
         run(model, casing_ids=casing_ids[:1, :1])
 
 
-def test_the_casing_of_padding_changes_nothing():
-    model = tiny_model(tasks={"ner": {"kind": "token_classification", "labels": ["O", "B-X"], "casing_dim": 4}})
+@pytest.mark.parametrize("kernel", [{}, {"hidden_dim": 8, "kernel_size": 3}])
+def test_the_casing_of_padding_changes_nothing(kernel):
+    fields = {"kind": "token_classification", "labels": ["O", "B-X"], "casing_dim": 4}
+    model = tiny_model(tasks={"ner": {**fields, **kernel}})
     ids, casing_ids = torch.tensor([[1, 9, 8, 2]]), torch.tensor([[0, 2, 1, 0]])
     alone = model(ids, casing_ids=casing_ids).logits["ner"]
     padded = model(

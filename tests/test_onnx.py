@@ -21,7 +21,9 @@ from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, write_release  # noqa: E4
 from training.recipe import Recipe  # noqa: E402
 
 CASED = {"kind": "token_classification", "labels": ["O", "B-ORG", "I-ORG"], "casing_dim": 4}
-OUTPUTS = ["last_hidden_state", "sentence_embedding", *(f"logits.{name}" for name in (*TASKS, "cased"))]
+# Its random logits would reach ten and be rounded in proportion; the temperature brings them to the size of the others.
+WIDE = {**CASED, "casing_dim": None, "hidden_dim": 8, "kernel_size": 3, "temperature": 4.0}
+OUTPUTS = ["last_hidden_state", "sentence_embedding", *(f"logits.{name}" for name in (*TASKS, "cased", "wide"))]
 # Where windows of ModernBERT's local attention are shorter than the texts, the mask depends on the length.
 ENCODERS = {"bert": {}, "roberta": {}, "distilbert": {}, "modernbert": {"local_attention": 8}}
 SHAPES = [(1, 1), (1, 2), (3, 7), (2, WINDOW)]
@@ -34,7 +36,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def export(model_type: str = "bert") -> tuple[Path, dict]:
         if model_type not in made:
-            fields = {**ENCODERS[model_type], "tasks": {**TASKS, "cased": CASED}}
+            fields = {**ENCODERS[model_type], "tasks": {**TASKS, "cased": CASED, "wide": WIDE}}
             folder = write_release(tmp_path_factory.mktemp(model_type), model_type, **fields)
             made[model_type] = folder, release_onnx.export(folder, folder)
         return made[model_type]
@@ -122,7 +124,7 @@ def test_eight_bits_are_smaller_and_mostly_agree(exported, model_type):
     exact, quantized = (folder / file for file in ONNX_FILES.values())
     assert quantized.stat().st_size < 0.6 * exact.stat().st_size  # of a tiny model the graph itself is a good part
     assert result["int8_cosine"] > 0.99 and min(result["int8_same_labels"].values()) > 0.8
-    assert set(result["int8_same_labels"]) == {f"logits.{name}" for name in (*TASKS, "cased")} - {"logits.rating"}
+    assert set(result["int8_same_labels"]) == {f"logits.{name}" for name in (*TASKS, "cased", "wide")} - {"logits.rating"}
     assert session(folder, "onnx-int8").run(["sentence_embedding"], feed(1, 2))[0].shape == (1, 8)
 
 

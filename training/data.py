@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from configuration_multitask import TOKEN
@@ -306,11 +307,16 @@ def make_batch(task: str, kind: str, examples: list[Example], pad_token_id: int)
 
 
 @torch.inference_mode()
-def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id: int, batch_size: int = 64) -> Tensor:
-    """Returns the encoder's pooled vectors of tokenized texts, float [len(rows), H], in the order of `rows`."""
+def encode(
+    encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id: int, batch_size: int = 64, what: str | None = None
+) -> Tensor:
+    """Returns the encoder's pooled vectors of tokenized texts, float [len(rows), H], in the order of `rows`.
+
+    With `what`, a progress bar says what is read.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     vectors = torch.empty(len(rows), encoder.config.hidden_size)
-    for start in range(0, len(order), batch_size):
+    for start in tqdm(range(0, len(order), batch_size), desc=what, unit="batch", disable=what is None):
         chosen = order[start : start + batch_size]
         inputs = {name: x.to(encoder.device) for name, x in pad_batch([rows[i] for i in chosen], pad_token_id).items()}
         hidden = encoder(**inputs).last_hidden_state

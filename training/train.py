@@ -131,10 +131,10 @@ def add_targets(data: dict[str, TaskData], recipe: Recipe, encoder: Any, pad_tok
     """
     losses, width = recipe.losses, encoder.config.hidden_size
     teacher = None if losses.teacher is None else SentenceTransformer(losses.teacher)
-    for x in data.values():
+    for name, x in data.items():
         rows = [ids for example in x.examples for ids in text_ids(example)]
         if teacher is None:
-            vectors = encode(encoder, rows, recipe.model.pooling_mode, pad_token_id)
+            vectors = encode(encoder, rows, recipe.model.pooling_mode, pad_token_id, what=f"vectors to keep, {name}")
         else:
             texts = [text for example in x.examples for text in _texts(example)]
             vectors = torch.from_numpy(teacher.encode(texts, show_progress_bar=False))
