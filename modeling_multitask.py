@@ -108,7 +108,7 @@ class TokenWindow(nn.Conv1d):
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int) -> None:
         super().__init__(in_dim, out_dim, kernel_size, padding=kernel_size // 2)
 
-    def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # it must know the padding
         """Returns float [B, T, out_dim] for vectors [B, T, in_dim]; what stands in the padding has no influence."""
         return super().forward((vectors * mask.unsqueeze(-1)).transpose(1, 2)).transpose(1, 2)
 

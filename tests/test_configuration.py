@@ -113,7 +113,10 @@ TEXT = {"kind": "sequence_classification", "labels": ["a", "b"]}
         ({"tasks": {"a": {**NER, "hidden_dim": 8, "kernel_size": 4}}}, "tasks.a.kernel_size is 4; allowed: an odd positive"),
         ({"tasks": {"a": {**NER, "hidden_dim": 8, "kernel_size": True}}}, "tasks.a.kernel_size is True; allowed: an odd"),
         ({"tasks": {"a": {**NER, "kernel_size": 3}}}, "tasks.a.kernel_size is 3; allowed: 1, or for a token_classification"),
-        ({"tasks": {"a": {**TEXT, "hidden_dim": 8, "kernel_size": 3}}}, "tasks.a.kernel_size is 3; allowed: 1, or for a token"),
+        (
+            {"tasks": {"a": {**TEXT, "hidden_dim": 8, "kernel_size": 3}}},
+            "tasks.a.kernel_size is 3; allowed: 1, or for a token",
+        ),
         ({"tasks": {"a": {**NER, "casing_dim": 0}}}, "tasks.a.casing_dim is 0; allowed: a positive integer or null"),
         ({"tasks": {"a": {**TEXT, "casing_dim": 8}}}, "tasks.a.casing_dim is 8; allowed: null for a sequence"),
         (
