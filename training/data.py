@@ -21,6 +21,7 @@ from pipeline_multitask import Window, find_words, word_starts
 from training.recipe import SCORED_PAIRS, TaskRecipe
 
 Example = dict[str, Any]
+ENCODED_TOGETHER = 64  # texts in a batch of `encode`
 
 
 class DataError(ValueError):
@@ -307,17 +308,15 @@ def make_batch(task: str, kind: str, examples: list[Example], pad_token_id: int)
 
 
 @torch.inference_mode()
-def encode(
-    encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id: int, batch_size: int = 64, what: str | None = None
-) -> Tensor:
+def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id: int, what: str | None = None) -> Tensor:
     """Returns the encoder's pooled vectors of tokenized texts, float [len(rows), H], in the order of `rows`.
 
     With `what`, a progress bar says what is read.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     vectors = torch.empty(len(rows), encoder.config.hidden_size)
-    for start in tqdm(range(0, len(order), batch_size), desc=what, unit="batch", disable=what is None):
-        chosen = order[start : start + batch_size]
+    for start in tqdm(range(0, len(order), ENCODED_TOGETHER), desc=what, unit="batch", disable=what is None):
+        chosen = order[start : start + ENCODED_TOGETHER]
         inputs = {name: x.to(encoder.device) for name, x in pad_batch([rows[i] for i in chosen], pad_token_id).items()}
         hidden = encoder(**inputs).last_hidden_state
         vectors[chosen] = pool(hidden, inputs["attention_mask"], pooling_mode).float().cpu()

@@ -137,7 +137,7 @@ def add_targets(data: dict[str, TaskData], recipe: Recipe, encoder: Any, pad_tok
             vectors = encode(encoder, rows, recipe.model.pooling_mode, pad_token_id, what=f"vectors to keep, {name}")
         else:
             texts = [text for example in x.examples for text in _texts(example)]
-            vectors = torch.from_numpy(teacher.encode(texts, show_progress_bar=False))
+            vectors = torch.from_numpy(teacher.encode(texts, show_progress_bar=True))
         if losses.preserve_mode != "similarity" and vectors.shape[1] not in (width, recipe.model.embedding_dim):
             raise RecipeError(
                 f"losses.teacher has vectors of {vectors.shape[1]} numbers; preserve_mode {losses.preserve_mode!r} needs the encoder's "
