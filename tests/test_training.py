@@ -353,6 +353,19 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(workshop):
     assert same(whole, resumed)
 
 
+def test_the_time_before_a_resume_counts(workshop):
+    _, output = workshop.train("mood", settings=("run.save_steps=5",))
+    (output / "metrics.json").unlink()
+    path = newest_checkpoint(output) / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["log_history"][-1]["seconds"] += 1000
+    path.write_text(json.dumps(state))
+    workshop.train("mood", settings=("run.save_steps=5",), output=output, resume=True)
+    assert 1000 <= json.loads((output / "metrics.json").read_text())["seconds"] < 1600
+    noted = [entry["seconds"] for entry in json.loads((output / "history.json").read_text())]
+    assert noted == sorted(noted), noted
+
+
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(workshop):
     recipe = workshop.write("mood", "pairs")
     settings = ["--set", "run.save_steps=20", "--set", "tasks.mood.epochs=40", "--set", "tasks.pairs.epochs=40"]

@@ -6,7 +6,7 @@ Every batch is of one task; tasks share the encoder. The run folder then holds:
     run.json          command, revision, libraries, hardware, and of each data set its rows and fingerprint
     checkpoint-*/     what --resume continues from
     final/            the trained model and its tokenizer, for release.export
-    metrics.json      what the validation splits gave at the end
+    metrics.json      what the validation splits gave at the end, and the steps and seconds of training, resumed or not
     history.json      losses and metrics over the run, and curves.png, their picture
 """
 
@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_op
 from training.objectives import Objective, class_weights, label_counts
 from training.recipe import GRADIENT_SURGERY, Recipe, RecipeError
 from training.sampler import BatchPlan
-from training.trainer import COMPLETE, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
+from training.trainer import COMPLETE, Clock, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
 
 REHEARSED_ROWS = 100  # of each validation split
 DRIFT_TEXTS = 1000
@@ -242,7 +241,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         add_targets(data, recipe, encoder, tokenizer.pad_token_id)
     freeze(model, recipe.freezing)
     objective = new_objective(recipe, model, data)
-    callbacks = [UnfreezeOnSchedule(model, recipe.freezing)]
+    callbacks = [UnfreezeOnSchedule(model, recipe.freezing), Clock()]
     if recipe.run.patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.run.patience))
     weighting = recipe.losses.weighting
@@ -344,11 +343,9 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
     if trainer.is_world_process_zero():
         write_json(output / "recipe.json", as_json(recipe))
         write_json(output / "run.json", {"command": sys.argv, **sizes(trainer.model), "data": facts, **surroundings()})
-    started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.monotonic() - started
     if trainer.is_world_process_zero():
-        finish(trainer, recipe, output, tokenizer, seconds)
+        finish(trainer, recipe, output, tokenizer)
     return trainer.model
 
 
@@ -361,9 +358,7 @@ def sizes(model: MultiTaskModel) -> dict[str, int]:
     }
 
 
-def finish(
-    trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase, seconds: float
-) -> None:
+def finish(trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Merges adapters, fits temperatures, and writes the trained model, its metrics and the run's history."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # measured as it will be used
     merge_adapters(model)
@@ -376,7 +371,8 @@ def finish(
     write_json(output / "history.json", history)
     learning_curves(history, output / "curves.png")
     metrics = validate(model, tokenizer, recipe)
-    write_json(output / "metrics.json", {"seconds": round(seconds), "steps": trainer.state.global_step, **metrics})
+    totals = {"seconds": round(history[-1]["seconds"]), "steps": trainer.state.global_step}
+    write_json(output / "metrics.json", {**totals, **metrics})
     measured = (
         f"average of the validation splits {metrics['average']:.4f}" if "average" in metrics else "nothing to validate on"
     )

@@ -1,6 +1,7 @@
 """The Trainer of this repository: transformers' own, with batches of one task each and a loss for each kind of task."""
 
 import os
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import chain
@@ -12,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from training.objectives import Objective
@@ -25,6 +26,17 @@ LOSS_WEIGHTS = "loss_weights.safetensors"
 
 class TrainingError(Exception):
     """Training cannot go on; the message says at which step, why, and what remains."""
+
+
+class Clock(TrainerCallback):
+    """Notes with each report, as `seconds`, how long the run has trained, what it did before it was resumed included."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Checkpoints of earlier versions note none.
+        self.started = time.monotonic() - (state.log_history[-1].get("seconds", 0) if state.log_history else 0)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 1)
 
 
 class GradientSurgery:
