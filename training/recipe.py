@@ -113,12 +113,15 @@ class SamplingRecipe:
         temperature: Of the mode "temperature", at least 1; 1 is proportional.
         batches: Batches of the whole run; left out: as many as mode "epochs" has. Not for mode "epochs".
         tasks_per_step: Batches, of whichever tasks come next, whose losses make one optimizer step.
+        seed: Decides on the order of tasks and rows alone; left out: `run.seed`. Runs that differ in it can be merged, see
+            `training.merge`.
     """
 
     mode: str = "epochs"
     temperature: float = 2.0
     batches: int | None = None
     tasks_per_step: int = 1
+    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +354,7 @@ _RANGES = {
     "sampling.temperature": (1, None),
     "sampling.batches": (1, None),
     "sampling.tasks_per_step": (1, None),
+    "sampling.seed": (0, 2**32 - 1),
     "losses.preserve_weight": (0, None),
     "freezing.first_layers": (0, None),
     "freezing.probe_ratio": (0, 0.99),

@@ -231,7 +231,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         {name: x.examples for name, x in data.items()},
         recipe.sampling,
         tokenizer.pad_token_id,
-        recipe.run.seed,
+        recipe.run.seed if recipe.sampling.seed is None else recipe.sampling.seed,
     )
     args = training_arguments(output, recipe, len(batches) // recipe.sampling.tasks_per_step)
     encoder.to(args.device)
@@ -276,8 +276,7 @@ def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
         return None
     if not resume:
         raise RecipeError(f"{output} holds a run already; continue it with --resume, or give another --output")
-    if changed := _flat(as_json(recipe)) ^ _flat(json.loads(path.read_text("utf-8"))):
-        keys = sorted({key for key, _ in changed})
+    if keys := changed_settings(output, recipe):
         raise RecipeError(f"{output} holds the run of another recipe; these settings differ: {', '.join(keys)}")
     if (output / "metrics.json").exists():
         raise RecipeError(f"{output} holds this run, and it is finished; there is nothing to resume")
@@ -298,6 +297,12 @@ def check_same_data(output: Path, facts: dict[str, Any]) -> None:
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """Returns a recipe as JSON holds it."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def changed_settings(run: Path, recipe: Recipe) -> list[str]:
+    """Returns the settings in which the recipe of a run folder is not this one."""
+    stored = json.loads((run / "recipe.json").read_text("utf-8"))
+    return sorted({key for key, _ in _flat(as_json(recipe)) ^ _flat(stored)})
 
 
 def _flat(fields: dict[str, Any], place: str = "") -> set[tuple[str, str]]:
