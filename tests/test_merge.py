@@ -9,6 +9,7 @@ from modeling_multitask import MultiTaskModel
 from tests.test_training import Workshop, same, split
 from training.merge import merge
 from training.recipe import Recipe, RecipeError
+from training.train import changed_settings
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def test_the_mean_of_two_orders_of_the_same_rows_is_a_run_of_its_own(workshop):
     assert differing, "another order gives other weights"
     assert workshop.pipe(workshop.folder / "mean")("love")["labels"]["mood"]["label"] == "good"
     steps = [json.loads((run / "metrics.json").read_text())["steps"] for run in runs]
+    assert not changed_settings(workshop.folder / "mean", recipe)
     assert metrics["steps"] == sum(steps) and 0 < metrics["average"] <= 1
     with pytest.raises(RecipeError, match="mean holds a run already; give another --output"):
         merge(runs, recipe, workshop.folder / "mean")
@@ -67,7 +69,7 @@ def test_runs_that_cannot_be_merged_are_refused_with_the_reason(workshop):
     recipe = Recipe.read(workshop.write("mood"))
     (_, one), (_, other) = workshop.train("mood"), workshop.train("mood", settings=("run.seed=4",))
     for runs, reason in (
-        ([one, one], "name each of them once"),
+        ([one, workshop.folder / "x/.." / one.name], "name each of them once"),
         ([one, workshop.folder / "nowhere"], "nowhere holds no finished run; train it with training.train"),
         ([one, other], "run2 holds the run of another recipe; besides sampling.seed these differ: run.seed"),
     ):

@@ -24,7 +24,7 @@ from evaluation.evaluate import surroundings
 from modeling_multitask import MultiTaskModel
 from training.data import DataError
 from training.recipe import Recipe, RecipeError
-from training.train import changed_settings, validate, write_json
+from training.train import as_json, changed_settings, validate, write_json
 
 MAY_DIFFER = {"sampling.seed", "run.save_steps", "run.report_to"}
 
@@ -35,7 +35,7 @@ def read_runs(runs: list[Path], recipe: Recipe) -> dict[str, Any]:
     Raises:
         RecipeError: A run is not finished, named twice, not of this recipe, or of other data than the first.
     """
-    if len(set(runs)) < len(runs):
+    if len({run.resolve() for run in runs}) < len(runs):
         raise RecipeError(f"the runs are {', '.join(map(str, runs))}; name each of them once")
     facts: dict[str, Any] = {}
     for run in runs:
@@ -102,6 +102,7 @@ def merge(runs: list[Path], recipe: Recipe, output: Path, scale: float = 1.0) ->
     totals = {key: sum(metrics[key] for metrics in trained) for key in ("seconds", "steps")}
     metrics = {**totals, **validate(model, tokenizer, recipe)}
     origin = {"command": sys.argv, "runs": list(map(str, runs)), "scale": scale}
+    write_json(output / "recipe.json", as_json(recipe))
     write_json(output / "run.json", {**origin, "data": facts, **surroundings()})
     write_json(output / "metrics.json", metrics)
     return metrics
