@@ -5,8 +5,9 @@ they end with is often better than any of them and costs no more than one (Worts
 of multiple fine-tuned models improves accuracy without increasing inference time).
 
 `--scale` then moves the encoder along the line from the starting encoder through that mean: 0 is the start, 1 the mean. Below 1
-more of the starting embedding is kept (Wortsman et al. 2022, Robust fine-tuning of zero-shot models); above 1 the tasks get more
-(Ilharco et al. 2023, Editing models with task arithmetic), which pays where a loss has held the embedding back.
+more of the starting embedding is kept (Wortsman et al. 2022, Robust fine-tuning of zero-shot models); above 1 less of it, and a
+task may gain that the loss which holds the embedding has made stop short (Ilharco et al. 2023, Editing models with task
+arithmetic). The validation splits, in metrics.json, say whether it did.
 """
 
 import argparse
