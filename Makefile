@@ -4,6 +4,9 @@ DATA ?=
 # The starting encoder, a Hub id or a folder.
 ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
 RUN ?= runs/release
+# The release is the mean of runs that differ in this seed, moved so far from the start.
+SEEDS = 1 2
+SCALE = 1.1
 RECIPE = training/recipes/release.toml
 FROM_DATA = $(if $(DATA),--data $(DATA))
 # Texts that no task trains on, to measure how much of the starting embedding is kept.
@@ -24,11 +27,17 @@ test:
 smoke:
 	python -m training.train training/recipes/smoke.toml --output runs/smoke
 
+# The runs that the release is made of, one after the other.
 train:
-	python -m training.train $(RECIPE) --output $(RUN) --encoder $(ENCODER) $(FROM_DATA)
+	for seed in $(SEEDS); do \
+		python -m training.train $(RECIPE) --output $(RUN)$$seed --set sampling.seed=$$seed --encoder $(ENCODER) $(FROM_DATA) \
+		|| exit 1; \
+	done
+	python -m training.merge $(RECIPE) $(SEEDS:%=$(RUN)%) --scale $(SCALE) --output $(RUN) --encoder $(ENCODER) $(FROM_DATA)
 
-# The single-task run of each task: the same recipe, encoder and budget, for the negative-transfer table.
+# For the negative-transfer table: one run on all tasks, and the single-task run of each, by the same recipe.
 single:
+	python -m evaluation.evaluate $(RUN)$(firstword $(SEEDS))/final --split test --output results/together.json $(FROM_DATA)
 	for task in $(TASKS); do \
 		python -m training.train $(RECIPE) --only $$task --output runs/$$task --encoder $(ENCODER) $(FROM_DATA) && \
 		python -m evaluation.evaluate runs/$$task/final --only $$task --split test --output results/single_$$task.json $(FROM_DATA) \

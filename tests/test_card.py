@@ -111,3 +111,12 @@ def test_a_folder_without_documents_gets_none(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["card", str(tmp_path)])
     card.main()
     assert "README.md does not exist" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_of_a_mean_of_runs_one_run_is_compared_with_the_single_task_runs(folder):
+    write(folder, "single_ner", {"tasks": {"ner": measured("ner", 0.75)}})
+    assert "| names | f1, best | 0.750 | 0.812 (0.800 to 0.825) | +6.2 points |" in render(folder)
+    write(folder, "together", {"tasks": {"ner": measured("ner", 0.74)}})
+    text = render(folder)
+    assert "| names | f1, best | 0.750 | 0.740 | −1.0 points |" in text
+    assert "| names | N (1,234) | f1, best | **0.812** |  |\n" in text
