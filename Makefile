@@ -5,7 +5,7 @@ DATA ?=
 ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
 RUN ?= runs/release
 # The release is the mean of runs that differ in this seed, moved so far from the start.
-SEEDS = 1 2
+SEEDS = 13 1 2
 SCALE = 1.1
 RECIPE = training/recipes/release.toml
 FROM_DATA = $(if $(DATA),--data $(DATA))
