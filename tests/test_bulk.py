@@ -98,7 +98,7 @@ def kill_at_random_moments(release: Path, folder: Path) -> None:
     annotator = load(release)
     source = write_texts(folder / "in.jsonl", 160)
     draw, whole, killed, resumed = random.Random(1), {}, 0, 0
-    for moment in range(20):
+    for moment in range(80):  # a run that other work on the machine made shorter than the first is done before its moment
         suffix = (".parquet", ".jsonl")[moment % 2]
         if suffix not in whole:
             begin = cpu_seconds_of_children()
@@ -111,7 +111,9 @@ def kill_at_random_moments(release: Path, folder: Path) -> None:
         resumed += len(list(bulk.partial_folder(output).glob("0*" + suffix))) > 0
         assert fork(run) == 0
         assert contents(output) == expected, moment
-    assert killed >= 15 and resumed >= 8, (killed, resumed)
+        if killed == 20:
+            break
+    assert killed == 20 and resumed >= 8, (killed, resumed)
 
 
 def test_killed_at_twenty_random_moments_it_goes_on_to_the_same_bytes(release, tmp_path):
