@@ -63,6 +63,7 @@ bench:
 # The small grid behind discussion.md, about three hours a seed on two cores; it continues where it was.
 experiments:
 	python -m experiments.run --encoder $(ENCODER) $(FROM_DATA)
+	python -m experiments.reading . $(FROM_DATA)
 
 # The page to try the model in a browser.
 demo:

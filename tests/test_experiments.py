@@ -5,11 +5,15 @@ import json
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from experiments import report, run
 from experiments.conflicts import GradientProbe
+from experiments.reading import each_word_by_itself, joined
+from pipeline_multitask import BioScheme
 from tests.conftest import ROOT, tiny_tokenizer
 from tests.test_training import Workshop, same
 from training.recipe import Recipe, RecipeError
@@ -216,3 +220,16 @@ def test_results_are_read_by_table_setting_and_seed(tmp_path):
 def test_the_discussion_shows_the_results_of_this_repository():
     text = Path(ROOT, "discussion.md").read_text("utf-8")
     assert report.render(text) == text
+
+
+def test_rows_are_joined_in_order_and_none_is_dropped():
+    data = Dataset.from_dict({"tokens": [["a", "b"], ["c"], ["d"]], "tags": [[0, 1], [2], [3]]})
+    assert joined(data, 2).to_dict() == {"tokens": [["a", "b", "c"], ["d"]], "tags": [[0, 1, 2], [3]]}
+
+
+def test_a_word_by_itself_may_break_the_scheme_and_a_sequence_may_not():
+    scheme = BioScheme(["O", "B-X", "I-X"])
+    scores, first_words = np.log([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]]), np.array([0])
+    with each_word_by_itself():
+        assert scheme.decode(scores, first_words).tolist() == [0, 2]
+    assert scheme.decode(scores, first_words).tolist() == [1, 2]

@@ -1,0 +1,84 @@
+"""What the way of reading gives a trained model's entities: `python -m experiments.reading . --data DIR`, into results/reading.json.
+
+Measured on the validation split: sentences as they are; each word's best label by itself, in place of the best sequence that the
+BIO scheme allows; and sentences joined to passages, which show the model the sentences around each.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from evaluation.evaluate import DEFAULT_RECIPE, fingerprint, measure_head, predict, surroundings
+from modeling_multitask import MultiTaskModel
+from pipeline_multitask import BioScheme, MultiTaskPipeline
+from training.data import load_task_split
+from training.recipe import Recipe
+
+PASSAGES = (3, 5, 10)
+
+
+def joined(data: Dataset, rows: int) -> Dataset:
+    """Returns the data set with so many consecutive rows in one."""
+    columns = {
+        name: [list(chain(*values[start : start + rows])) for start in range(0, len(values), rows)]
+        for name, values in ((name, list(data[name])) for name in data.column_names)
+    }
+    return Dataset.from_dict(columns, features=data.features)
+
+
+@contextmanager
+def each_word_by_itself() -> Iterator[None]:
+    """Takes each word's best label, whatever stands before it."""
+    with mock.patch.object(BioScheme, "decode", lambda scheme, scores, first_words: scores.argmax(axis=1)):
+        yield
+
+
+def measure_reading(pipe: MultiTaskPipeline, recipe: Recipe, name: str) -> dict[str, dict[str, Any]]:
+    """Returns the metrics of one token task on the validation split for each way of reading."""
+    task = recipe.tasks[name]
+    data = load_task_split(task, "validation").select_columns([*task.text_columns, task.label_column])
+
+    def metrics(data: Dataset) -> dict[str, float]:
+        return measure_head(predict(pipe, name, task, data), intervals=False)[0]
+
+    found = {"sentences": metrics(data)}
+    with each_word_by_itself():
+        found["each word by itself"] = metrics(data)
+    return found | {f"passages of {rows}": metrics(joined(data, rows)) for rows in PASSAGES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
+    parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
+    parser.add_argument("--task", default="ner")
+    parser.add_argument("--output", type=Path, default=Path("results/reading.json"))
+    args = parser.parse_args()
+    recipe = Recipe.read(args.recipe, args.data)
+    task = recipe.tasks[args.task]
+    pipe = MultiTaskPipeline(
+        model=MultiTaskModel.from_pretrained(args.model).eval(), tokenizer=AutoTokenizer.from_pretrained(args.model)
+    )
+    content = {
+        "command": "python -m experiments.reading MODEL",
+        "split": "validation",
+        "sha256": fingerprint(task, load_task_split(task, "validation")),
+        "ways": measure_reading(pipe, recipe, args.task),
+        **surroundings(),
+    }
+    args.output.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    for way, metrics in content["ways"].items():
+        print(f"{way}: {metrics['f1']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
