@@ -20,9 +20,11 @@ from evaluation.evaluate import DEFAULT_RECIPE, fingerprint, measure_head, predi
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import BioScheme, MultiTaskPipeline
 from training.data import load_task_split
-from training.recipe import Recipe
+from training.recipe import Recipe, TaskRecipe
 
+TASK = "ner"
 PASSAGES = (3, 5, 10)
+OUTPUT = Path("results/reading.json")
 
 
 def joined(data: Dataset, rows: int) -> Dataset:
@@ -41,13 +43,12 @@ def each_word_by_itself() -> Iterator[None]:
         yield
 
 
-def measure_reading(pipe: MultiTaskPipeline, recipe: Recipe, name: str) -> dict[str, dict[str, Any]]:
-    """Returns the metrics of one token task on the validation split for each way of reading."""
-    task = recipe.tasks[name]
+def measure_reading(pipe: MultiTaskPipeline, task: TaskRecipe) -> dict[str, dict[str, Any]]:
+    """Returns the metrics of the entities on the validation split for each way of reading."""
     data = load_task_split(task, "validation").select_columns([*task.text_columns, task.label_column])
 
     def metrics(data: Dataset) -> dict[str, float]:
-        return measure_head(predict(pipe, name, task, data), intervals=False)[0]
+        return measure_head(predict(pipe, TASK, task, data), intervals=False)[0]
 
     found = {"sentences": metrics(data)}
     with each_word_by_itself():
@@ -58,13 +59,9 @@ def measure_reading(pipe: MultiTaskPipeline, recipe: Recipe, name: str) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
     parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
-    parser.add_argument("--task", default="ner")
-    parser.add_argument("--output", type=Path, default=Path("results/reading.json"))
     args = parser.parse_args()
-    recipe = Recipe.read(args.recipe, args.data)
-    task = recipe.tasks[args.task]
+    task = Recipe.read(DEFAULT_RECIPE, args.data).tasks[TASK]
     pipe = MultiTaskPipeline(
         model=MultiTaskModel.from_pretrained(args.model).eval(), tokenizer=AutoTokenizer.from_pretrained(args.model)
     )
@@ -72,10 +69,10 @@ def main() -> None:
         "command": "python -m experiments.reading MODEL",
         "split": "validation",
         "sha256": fingerprint(task, load_task_split(task, "validation")),
-        "ways": measure_reading(pipe, recipe, args.task),
+        "ways": measure_reading(pipe, task),
         **surroundings(),
     }
-    args.output.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    OUTPUT.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for way, metrics in content["ways"].items():
         print(f"{way}: {metrics['f1']:.4f}")
 
