@@ -35,8 +35,15 @@ AUTO_MAP = {
 CUSTOM_PIPELINES = {"multitask": {"impl": "pipeline_multitask.MultiTaskPipeline", "pt": ["AutoModel"]}}
 
 _TASK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-# Far above any real encoder: a broken file must not keep Python busy for hours with making lists and layers.
-_GREATEST_COUNTS = {"num_hidden_layers": 256, "num_labels": 100_000}
+# Far above any real encoder: a broken file must not make Python build layers for hours, or fill the memory.
+GREATEST_DIM = 65_536
+_GREATEST_COUNTS = {
+    "num_hidden_layers": 256,
+    "num_labels": 100_000,
+    "hidden_size": GREATEST_DIM,
+    "intermediate_size": GREATEST_DIM,
+    "vocab_size": 10_000_000,
+}
 
 
 def is_number(value: object) -> bool:
@@ -76,14 +83,9 @@ class TaskSpec:
             or `"regression"`.
         classifier_dropout: Dropout before the classifier in training, in [0, 1).
         hidden_dim: Width of a hidden layer (GELU) before the classifier; None for a linear head.
-        kernel_size: Token tasks only: how many tokens in a row the hidden layer reads for the one in their middle (Collobert
-            et al. 2011, Natural language processing (almost) from scratch), an odd number; 1: that token alone.
-        layer_mix: Whether the head reads a learned softmax mix of all encoder layers (Peters et al. 2018, ELMo)
-            instead of the last one.
-        pooling_mode: Sequence tasks only: how this head pools token vectors; None: as the sentence embedding does. A head
-            that reads "cls" leaves the mean of the tokens, and with it the embedding, nearly untouched in training.
-        casing_dim: Token tasks only: width of a learned vector for how each word and its neighbours are written
-            (`CASINGS`), which the head reads beside the encoder's output; None: the head does not look at casing.
+        pooling_mode: Sequence tasks only: how this head pools token vectors; None: as the sentence embedding does.
+        casing_dim: Token tasks only: dimension of a learned vector for how each word and its neighbours are written
+            (`CASINGS`), which the head reads beside the token vectors; None: no casing features in this head.
         temperature: Positive number by which the logits are divided (Guo et al. 2017); 1 changes nothing.
         thresholds: Multi-label only: probability in [0, 1] from which each label counts as present; None: 0.5.
         loss_weight: Non-negative factor of this task's loss in the summed loss.
@@ -97,8 +99,6 @@ class TaskSpec:
     problem_type: str | None = None
     classifier_dropout: float = 0.1
     hidden_dim: int | None = None
-    kernel_size: int = 1
-    layer_mix: bool = False
     pooling_mode: str | None = None
     casing_dim: int | None = None
     temperature: float = 1.0
@@ -115,13 +115,9 @@ class TaskSpec:
         self._require(is_number(dropout) and 0 <= dropout < 1, "classifier_dropout", "a number in [0, 1)")
         for field in ("hidden_dim", "casing_dim"):
             width = getattr(self, field)
-            self._require(width is None or (type(width) is int and width > 0), field, "a positive integer or null")
+            well_formed = width is None or (type(width) is int and 0 < width <= GREATEST_DIM)
+            self._require(well_formed, field, f"null or an integer from 1 to {GREATEST_DIM}")
         self._require(self.casing_dim is None or self.kind == TOKEN, "casing_dim", f"null for a {SEQUENCE} task")
-        size = self.kernel_size
-        self._require(type(size) is int and size > 0 and size % 2 == 1, "kernel_size", "an odd positive integer")
-        wide = self.kind == TOKEN and self.hidden_dim is not None
-        self._require(size == 1 or wide, "kernel_size", f"1, or for a {TOKEN} task with a hidden_dim an odd number")
-        self._require(isinstance(self.layer_mix, bool), "layer_mix", "true or false")
         modes = (None, *POOLING_MODES) if self.kind == SEQUENCE else (None,)
         self._require(self.pooling_mode in modes, "pooling_mode", f"null, or for a text {', '.join(POOLING_MODES)}")
         temperature, weight = self.temperature, self.loss_weight
@@ -197,6 +193,10 @@ class MultiTaskConfig(PretrainedConfig):
             "weightedmean" or "lasttoken", as in sentence-transformers' Pooling.
         embedding_dim: Width of the sentence embedding after a linear projection; None: no projection, the
             embedding is as wide as the encoder.
+        num_task_layers: How many layers the task branch has, from 0 to the encoder's depth. With n > 0 the heads read a
+            branch of their own, which starts as a copy of the encoder's last n layers and runs on the output of the
+            layers below; the encoder and the sentence embedding stay untouched by training. 0: no branch, the heads
+            read the encoder's last layer.
         tasks: Maps each task's name to its fields, see `TaskSpec`. The order of heads and labels is kept.
         multitask_weights: Name of the weight index of the release layout; None for a single-file checkpoint.
         **kwargs: The encoder's own fields, and those of `PretrainedConfig`.
@@ -212,6 +212,7 @@ class MultiTaskConfig(PretrainedConfig):
         model_type: str = "bert",
         pooling_mode: str = "mean",
         embedding_dim: int | None = None,
+        num_task_layers: int = 0,
         tasks: dict[str, dict[str, Any]] | None = None,
         multitask_weights: str | None = None,
         **kwargs: Any,
@@ -231,8 +232,11 @@ class MultiTaskConfig(PretrainedConfig):
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"dtype is {self.dtype!r}; allowed: null or a floating-point type such as 'float32'.")
         self.model_type = model_type
+        if not {"id2label", "num_labels"} & set(kwargs):
+            self.id2label, self.label2id = {}, {}  # labels belong to tasks; what is set later was asked for while loading
         self.pooling_mode = pooling_mode
         self.embedding_dim = embedding_dim
+        self.num_task_layers = num_task_layers
         self.tasks = {} if tasks is None else tasks
         if multitask_weights is not None:
             self.transformers_weights = multitask_weights  # what PreTrainedModel.from_pretrained reads
@@ -247,8 +251,16 @@ class MultiTaskConfig(PretrainedConfig):
         if self.pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode is {self.pooling_mode!r}; allowed: {', '.join(POOLING_MODES)}.")
         dim = self.embedding_dim
-        if dim is not None and (type(dim) is not int or dim < 1):
-            raise ValueError(f"embedding_dim is {dim!r}; allowed: a positive integer, or null for no projection.")
+        if dim is not None and (type(dim) is not int or not 0 < dim <= GREATEST_DIM):
+            raise ValueError(
+                f"embedding_dim is {dim!r}; allowed: an integer from 1 to {GREATEST_DIM}, or null for no projection."
+            )
+        layers = self.num_task_layers
+        if type(layers) is not int or not 0 <= layers <= self.num_hidden_layers:
+            raise ValueError(
+                f"num_task_layers is {layers!r}; allowed: an integer from 0 (no task branch) to {self.num_hidden_layers}, "
+                "the number of the encoder's layers."
+            )
         index = getattr(self, "transformers_weights", None)
         if index is not None and not is_inside(index, ".safetensors.index.json"):
             raise ValueError(
@@ -283,6 +295,7 @@ class MultiTaskConfig(PretrainedConfig):
             "custom_pipelines",
             "pooling_mode",
             "embedding_dim",
+            "num_task_layers",
             "tasks",
             "transformers_weights",
         )
@@ -315,7 +328,10 @@ class MultiTaskConfig(PretrainedConfig):
             fields = dict(fields)
         except (RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{pretrained_model_name_or_path}: config.json holds no JSON object: {error}") from error
-        return cls.from_dict(fields, **kwargs)
+        try:
+            return cls.from_dict(fields, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes `config.json`; in a release folder it goes on naming the release's weight index."""

@@ -1,37 +1,42 @@
-"""The multi-task sentence transformer: one encoder pass gives a sentence embedding, text labels and word labels.
+"""The multi-task sentence transformer: one pass gives a sentence embedding, text labels and word labels.
 
-Read it from the top: pooling, one head, its loss, the model around them, the two views that show a single head through
-transformers' standard classes, and at the end what makes sure that all weights are there.
+Read it from the top: pooling, casing, one head, its loss, the task branch, the model around them, and the two views that
+show a single head through transformers' standard classes.
+
+        embeddings + layers 1 … L−n        the trunk, shared
+             /                 \\
+    layers L−n+1 … L        task branch: n layers, a trained copy of them (num_task_layers = n)
+    pooling → linear        heads
+    sentence embedding      logits of each task
 
 Axes: B batch, T tokens, H hidden, E embedding, C labels, L layers.
 """
 
 import copy
 import inspect
-import json
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel  # names that transformers 4 knows too: handler.py
 from transformers import __version__ as transformers_version
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
-        from .configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec, is_inside
+        from .configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+        from .weights_multitask import WeightsError, check_stored, loading_problems, not_finite, refuse
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec, is_inside
+    from configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+    from weights_multitask import WeightsError, check_stored, loading_problems, not_finite, refuse
 
 logger = logging.get_logger(__name__)
 
@@ -39,29 +44,26 @@ IGNORE_INDEX = -100
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class WeightsError(Exception):
-    """The stored weights and the configuration do not make a whole model.
-
-    Neither a ValueError nor an OSError: `transformers.pipeline` answers those by trying the plain encoder instead.
-    """
-
-
 @dataclass
 class MultiTaskOutput(ModelOutput):
     """Everything that one pass gives.
 
     Attributes:
-        last_hidden_state: float [B, T, H], the encoder's last layer.
-        sentence_embedding: float [B, E], unit length (zero for a row whose attention mask is all zero).
+        last_hidden_state: float [B, T, H], the encoder's last layer; None with a task branch and `output_embedding=False`.
+        sentence_embedding: float [B, E], unit length (zero for a row whose attention mask is all zero); None with
+            `output_embedding=False`.
+        encoder_embedding: float [B, H], the encoder's own sentence embedding: pooled and unit length, before the
+            projection; None with `output_embedding=False`.
         logits: Maps each requested task to float [B, C] (sequence tasks) or [B, T, C] (token tasks).
         loss: float [], the sum of `loss_weight` times each labelled task's loss; None without labels.
         task_losses: Maps each labelled task to its unweighted loss, float [].
-        hidden_states: L + 1 tensors [B, T, H], if asked for.
-        attentions: L tensors [B, heads, T, T], if asked for.
+        hidden_states: L + 1 tensors [B, T, H] of the encoder, if asked for.
+        attentions: L tensors [B, heads, T, T] of the encoder, if asked for.
     """
 
     last_hidden_state: Tensor | None = None
     sentence_embedding: Tensor | None = None
+    encoder_embedding: Tensor | None = None
     logits: dict[str, Tensor] | None = None
     loss: Tensor | None = None
     task_losses: dict[str, Tensor] | None = None
@@ -96,21 +98,10 @@ def pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
     return (total / (norm.sqrt() if mode == "mean_sqrt_len_tokens" else norm)).to(hidden.dtype)
 
 
-def mix_layers(weights: Tensor, hidden_states: tuple[Tensor, ...]) -> Tensor:
-    """Returns the sum of the L + 1 layers' token vectors by the softmax of `weights`, float [B, T, H]."""
-    weighted = [weight * layer for weight, layer in zip(weights.softmax(dim=0), hidden_states, strict=True)]
-    return sum(weighted[1:], start=weighted[0])
-
-
-class TokenWindow(nn.Conv1d):
-    """A linear layer that reads each token together with its neighbours on either side; there are zeros around a text."""
-
-    def __init__(self, in_dim: int, out_dim: int, kernel_size: int) -> None:
-        super().__init__(in_dim, out_dim, kernel_size, padding=kernel_size // 2)
-
-    def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # it must know the padding
-        """Returns float [B, T, out_dim] for vectors [B, T, in_dim]; what stands in the padding has no influence."""
-        return super().forward((vectors * mask.unsqueeze(-1)).transpose(1, 2)).transpose(1, 2)
+def normalize(vectors: Tensor) -> Tensor:
+    """Returns vectors of unit length along the last axis, in their dtype; a zero vector stays zero."""
+    # In float32: half precision cannot hold the bound that keeps a zero vector zero.
+    return F.normalize(vectors.float(), dim=-1).to(vectors.dtype)
 
 
 class CasingEmbedding(nn.Module):
@@ -122,43 +113,55 @@ class CasingEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(CASINGS), dim)
-        self.context = TokenWindow(dim, dim, kernel_size=5)
+        self.context = nn.Conv1d(dim, dim, kernel_size=5, padding=2)
 
     def forward(self, casing_ids: Tensor, mask: Tensor) -> Tensor:
         """Returns float [B, T, casing_dim] for indices into `CASINGS`, int [B, T]; padding has no influence."""
-        return F.gelu(self.context(self.embedding(casing_ids), mask))
+        vectors = self.embedding(casing_ids) * mask.unsqueeze(-1)
+        return F.gelu(self.context(vectors.transpose(1, 2)).transpose(1, 2))
 
 
 class TaskHead(nn.Module):
-    """One classifier on the shared encoder: optional layer mix, casing and hidden layer, dropout, linear."""
+    """One classifier: optional casing features and hidden layer, dropout, linear."""
 
-    def __init__(self, spec: TaskSpec, hidden_size: int, num_layers: int) -> None:
+    def __init__(self, spec: TaskSpec, hidden_size: int) -> None:
         super().__init__()
         self.spec = spec
-        self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1)) if spec.layer_mix else None
         self.casing = CasingEmbedding(spec.casing_dim) if spec.casing_dim else None
         features = hidden_size + (spec.casing_dim or 0)
-        self.dense: nn.Module | None = None
-        if spec.hidden_dim is not None:
-            new = nn.Linear if spec.kernel_size == 1 else partial(TokenWindow, kernel_size=spec.kernel_size)
-            self.dense = new(features, spec.hidden_dim)
+        self.dense = nn.Linear(features, spec.hidden_dim) if spec.hidden_dim else None
         self.dropout = nn.Dropout(spec.classifier_dropout)
         self.classifier = nn.Linear(spec.hidden_dim or features, len(spec.labels))
 
-    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns logits, float [..., C], for features [..., H]; a head with a kernel reads tokens, of `mask`, int [B, T]."""
+    def forward(self, hidden: Tensor, mask: Tensor, casing_ids: Tensor, pooling_mode: str) -> Tensor:
+        """Returns the logits, float [B, C] for a text head and [B, T, C] for a token head.
+
+        Args:
+            hidden: float [B, T, H], what the heads read.
+            mask: int [B, T].
+            casing_ids: int [B, T], indices into `CASINGS`.
+            pooling_mode: How a text head pools, unless its own spec says otherwise.
+        """
+        if self.spec.kind == TOKEN:
+            casing = [] if self.casing is None else [self.casing(casing_ids, mask)]
+            return self.classify(torch.cat([hidden, *casing], dim=-1))
+        return self.classify(pool(hidden, mask, self.spec.pooling_mode or pooling_mode))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Returns logits, float [..., C], for features, float [..., H] or, with casing features, [..., H + casing_dim]."""
         if self.dense is not None:
-            features = F.gelu(self.dense(features, mask) if isinstance(self.dense, TokenWindow) else self.dense(features))
+            features = F.gelu(self.dense(features))
         return self.classifier(self.dropout(features)) / self.spec.temperature
 
 
 def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean loss over the labels that are not -100; zero (with a graph) if there are none.
+    """Returns the mean loss over the labels that are not missing; zero (with a graph) if there are none.
 
     Args:
         spec: The task.
         logits: float [B, C] or, for token tasks, [B, T, C].
-        labels: int [B] (single label) or [B, T] (token); 0/1 [B, C] (multi-label); float [B] or [B, C] (regression).
+        labels: int [B] (single label) or [B, T] (token); 0/1 [B, C] (multi-label), -100 where missing; float [B] or [B, C]
+            (regression), NaN where missing.
 
     Raises:
         ValueError: The labels have another shape.
@@ -170,14 +173,73 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
     if labels.shape != expected:
         raise ValueError(f"labels have shape {list(labels.shape)}; a {spec.problem_type or TOKEN} head of "
                          f"{len(spec.labels)} labels takes {list(expected)} here.")  # fmt: skip
-    logits, kept = logits.float(), labels != IGNORE_INDEX
+    logits, kept = logits.float(), labels == labels if spec.problem_type == "regression" else labels != IGNORE_INDEX
     if spec.problem_type == "regression":
-        losses = (logits - labels) ** 2
+        losses = (logits - labels.nan_to_num()) ** 2
     elif spec.problem_type == "multi_label_classification":
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
     else:
         losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), reduction="none").view_as(labels)
     return losses.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+
+
+class TaskBranch(nn.Module):
+    """The layers that the tasks train: a copy of the encoder's last n, which also sees how each word is written.
+
+    Args:
+        layers: The encoder's last n layers, which are copied.
+        hidden_size: The encoder's hidden size.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], hidden_size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
+        self.casing = nn.Embedding(len(CASINGS), hidden_size)  # zero at the start, so that the copy is exact
+
+    def forward(self, hidden: Tensor, casing_ids: Tensor) -> Tensor:
+        """Returns what enters the first of the layers, float [B, T, H], for the trunk's output."""
+        return hidden + self.casing(casing_ids)
+
+
+class _HiddenAsEmbeddings(nn.Module):
+    """Stands in for an encoder's embeddings where token vectors are passed in that have gone through lower layers."""
+
+    def forward(
+        self, input_ids: Any = None, inputs_embeds: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        return inputs_embeds
+
+
+def _layer_path(encoder: nn.Module, count: int) -> list[str]:
+    """Returns the attribute path to the encoder's list of layers, such as ["encoder", "layer"].
+
+    Raises:
+        ValueError: No list of that many layers is found, or the encoder has no `embeddings`.
+    """
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and hasattr(encoder, "embeddings"):
+            return name.split(".")
+    raise ValueError(
+        f"num_task_layers needs an encoder with a list of its {count} layers and 'embeddings'; {type(encoder).__name__} has "
+        "none. Use num_task_layers=0, or another encoder."
+    )
+
+
+def _with_layers(encoder: nn.Module, path: list[str], layers: nn.ModuleList, is_trunk: bool = False) -> Any:
+    """Returns a view of an encoder that runs other layers: its own forward pass, sharing all remaining modules.
+
+    Masks, positions and whatever else an architecture prepares for its layers stay its own business. A trunk leaves out the
+    norm that some architectures, such as ModernBERT, apply to their last layer's output.
+    """
+    view = copy.copy(encoder)
+    view._modules, view._forward_hooks = dict(encoder._modules), type(encoder._forward_hooks)()
+    name, *rest = path
+    view._modules[name] = _with_layers(encoder.get_submodule(name), rest, layers, is_trunk) if rest else layers
+    if "pooler" in view._modules:
+        view._modules["pooler"] = None  # a projection of the first token that nobody reads
+    if is_trunk and "final_norm" in view._modules:
+        view._modules["final_norm"] = nn.Identity()
+    return view
 
 
 class MultiTaskModel(PreTrainedModel):
@@ -207,19 +269,30 @@ class MultiTaskModel(PreTrainedModel):
         setattr(self, self.base_model_prefix, encoder)
         self._encoder_inputs = set(inspect.signature(encoder.forward).parameters)
         self.linear = nn.Linear(config.hidden_size, config.embedding_dim, bias=False) if config.embedding_dim else None
+        self.task_branch: TaskBranch | None = None
+        if config.num_task_layers:
+            path = _layer_path(encoder, config.num_hidden_layers)
+            layers = encoder.get_submodule(".".join(path))
+            self.task_branch = TaskBranch(layers[-config.num_task_layers :], config.hidden_size)
+            # In a tuple, so that their shared modules are not registered a second time.
+            self._views = (
+                _with_layers(encoder, path, layers[: -config.num_task_layers], is_trunk=True),
+                _with_layers(encoder, path, self.task_branch.layers),
+            )
+            self._views[1].embeddings = _HiddenAsEmbeddings()
         self.heads = nn.ModuleDict({name: self._new_head(spec) for name, spec in config.task_specs.items()})
         self.post_init()
 
     def _new_head(self, spec: TaskSpec) -> TaskHead:
-        return TaskHead(spec, self.config.hidden_size, self.config.num_hidden_layers)
+        return TaskHead(spec, self.config.hidden_size)
 
     def _head(self, name: str) -> TaskHead:
         return cast(TaskHead, self.heads[name])
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TaskHead) and module.layer_weights is not None:
-            nn.init.zeros_(module.layer_weights)
+        if isinstance(module, TaskBranch):
+            nn.init.zeros_(module.casing.weight)
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -235,6 +308,15 @@ class MultiTaskModel(PreTrainedModel):
         # RoBERTa counts positions from padding_idx + 1.
         return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
+    @torch.no_grad()
+    def reset_branch(self) -> None:
+        """Makes the task branch a copy of the encoder's last layers again, without casing features."""
+        if self.task_branch is not None:
+            path = _layer_path(self.encoder, self.config.num_hidden_layers)
+            layers = self.encoder.get_submodule(".".join(path))[-self.config.num_task_layers :]
+            self.task_branch.layers.load_state_dict(layers.state_dict())
+            self.task_branch.casing.weight.zero_()
+
     @can_return_tuple
     def forward(
         self,
@@ -246,11 +328,12 @@ class MultiTaskModel(PreTrainedModel):
         casing_ids: Tensor | None = None,
         tasks: Iterable[str] | None = None,
         labels: dict[str, Tensor] | None = None,
+        output_embedding: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MultiTaskOutput:
-        """Returns embedding, logits and, where labels are given, losses.
+        """Returns embedding, logits and, where labels are given, losses. Only what is asked for is computed.
 
         Args:
             input_ids: int [B, T].
@@ -258,11 +341,13 @@ class MultiTaskModel(PreTrainedModel):
             token_type_ids: int [B, T]; not passed on to encoders that know none.
             position_ids: int [B, T].
             inputs_embeds: float [B, T, H] in place of `input_ids`.
-            casing_ids: int [B, T], how each token's word is written, as indices into `CASINGS`; None: unknown. Only heads
-                with a `casing_dim` read them; the embedding never does.
-            tasks: Names of the heads to compute; None: all; empty: the embedding alone.
-            labels: Maps any subset of the computed tasks to its labels, see `task_loss`. -100 marks what has no label.
-            output_hidden_states: Whether to return all layers' token vectors.
+            casing_ids: int [B, T], how each token's word is written, as indices into `CASINGS`; None: unknown. The task
+                branch and the heads with a `casing_dim` read them; the embedding never does.
+            tasks: Names of the heads to compute; None: all; empty: the embedding alone, without the task branch.
+            labels: Maps any subset of the computed tasks to its labels, see `task_loss`.
+            output_embedding: Whether to compute the embedding. Without it, a model with a task branch does not run the
+                encoder's upper layers.
+            output_hidden_states: Whether to return the token vectors of all the encoder's layers.
             output_attentions: Whether to return attention probabilities (needs `attn_implementation="eager"`).
             **kwargs: Passed to the encoder.
 
@@ -271,40 +356,66 @@ class MultiTaskModel(PreTrainedModel):
                 tokens than the encoder takes.
         """
         names = self._requested(tasks, labels)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        heads = {name: self._head(name) for name in names}
-        mixing = any(head.layer_weights is not None for head in heads.values())
         inputs: dict[str, Any] = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds, "output_attentions": output_attentions,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "token_type_ids" not in self._encoder_inputs:
             inputs.pop("token_type_ids", None)
         self._check_length(inputs)
-        encoded = self.encoder(**inputs, output_hidden_states=output_hidden_states or mixing, return_dict=True, **kwargs)
-
-        hidden = encoded.last_hidden_state  # [B, T, H]
-        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
-        pooled = pool(hidden, mask, self.config.pooling_mode)  # [B, H]
+        tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
+        mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
         casing = torch.zeros_like(mask) if casing_ids is None else casing_ids  # 0: unknown
         if casing.shape != mask.shape:
             raise ValueError(f"casing_ids have shape {list(casing.shape)}; the input has {list(mask.shape)} tokens.")
-        logits = {name: self.head_logits(head, encoded, pooled, mask, casing) for name, head in heads.items()}
-        task_losses = {name: task_loss(heads[name].spec, logits[name], y) for name, y in (labels or {}).items()}
-        embedding = pooled if self.linear is None else self.linear(pooled)  # [B, E]
-        weighted = [heads[name].spec.loss_weight * loss for name, loss in task_losses.items()]
-        return MultiTaskOutput(
-            last_hidden_state=hidden,
-            # In float32: half precision cannot hold the bound that keeps a zero vector zero.
-            sentence_embedding=F.normalize(embedding.float(), dim=-1).to(embedding.dtype),
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        encoded, hidden = self._encode(inputs, casing, bool(names), output_embedding, wanted, kwargs)
+
+        pooling = self.config.pooling_mode
+        logits = {name: self._head(name)(hidden, mask, casing, pooling) for name in names}
+        task_losses = {name: task_loss(self._head(name).spec, logits[name], y) for name, y in (labels or {}).items()}
+        weighted = [self._head(name).spec.loss_weight * loss for name, loss in task_losses.items()]
+        out = MultiTaskOutput(
+            last_hidden_state=encoded.last_hidden_state,
             logits=logits,
             loss=sum(weighted[1:], start=weighted[0]) if weighted else None,
             task_losses=task_losses or None,
             hidden_states=encoded.hidden_states if output_hidden_states else None,
             attentions=encoded.attentions,
         )
+        if output_embedding:
+            pooled = pool(encoded.last_hidden_state, mask, pooling)  # [B, H]
+            out.sentence_embedding = normalize(pooled if self.linear is None else self.linear(pooled))  # [B, E]
+            out.encoder_embedding = normalize(pooled)
+        return out
+
+    def _encode(
+        self,
+        inputs: dict[str, Any],
+        casing: Tensor,
+        with_tasks: bool,
+        with_embedding: bool,
+        wanted: dict[str, bool | None],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Tensor]:
+        """Returns the encoder's output, and what the heads read, float [B, T, H]; runs only the layers that are needed."""
+        if self.task_branch is None or not with_tasks:
+            encoded = self.encoder(**inputs, **wanted, return_dict=True, **kwargs)
+            return encoded, encoded.last_hidden_state
+        trunk, branch = self._views
+        nothing = {"output_hidden_states": False, "output_attentions": False}
+        if with_embedding or any(wanted.values()):
+            encoded = self.encoder(**inputs, **{**wanted, "output_hidden_states": True}, return_dict=True, **kwargs)
+            forked = encoded.hidden_states[-1 - self.config.num_task_layers]
+        else:
+            forked = trunk(**inputs, **nothing, return_dict=True, **kwargs).last_hidden_state
+            encoded = ModelOutput(last_hidden_state=None, hidden_states=None, attentions=None)
+        inputs = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
+        inputs["inputs_embeds"] = self.task_branch(forked, casing)
+        return encoded, branch(**inputs, **nothing, return_dict=True, **kwargs).last_hidden_state
 
     def _requested(self, tasks: Iterable[str] | None, labels: dict[str, Tensor] | None) -> list[str]:
         names = list(self.heads) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
@@ -325,25 +436,6 @@ class MultiTaskModel(PreTrainedModel):
                 f"The input has {length} tokens; this encoder takes {limit}. Tokenize with truncation=True, or use "
                 'pipeline("multitask"), which reads long texts in windows.'
             )
-
-    def head_logits(self, head: TaskHead, encoded: ModelOutput, pooled: Tensor, mask: Tensor, casing_ids: Tensor) -> Tensor:
-        """Returns one head's logits, float [B, C] or [B, T, C], from what the encoder has given.
-
-        Args:
-            head: One of `heads`.
-            encoded: Its `last_hidden_state` [B, T, H] and, for a head that mixes layers, `hidden_states` are read.
-            pooled: float [B, H], its pooled vectors.
-            mask: int [B, T].
-            casing_ids: int [B, T], see `forward`.
-        """
-        weights = head.layer_weights
-        hidden = encoded.last_hidden_state if weights is None else mix_layers(weights, encoded.hidden_states)  # [B, T, H]
-        if head.spec.kind == TOKEN:
-            casing = [] if head.casing is None else [head.casing(casing_ids, mask)]
-            return head(torch.cat([hidden, *casing], dim=-1), mask)
-        if weights is not None or head.spec.pooling_mode is not None:
-            pooled = pool(hidden, mask, head.spec.pooling_mode or self.config.pooling_mode)
-        return head(pooled)
 
     def add_task(self, name: str, spec: dict[str, Any]) -> None:
         """Adds a head with random weights, to be trained; every other output stays as it is, to the bit.
@@ -395,11 +487,11 @@ class MultiTaskModel(PreTrainedModel):
             source = pretrained_model_name_or_path if config is None else config
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
             kwargs = {**kwargs, **hub}
-        weight_map = _read_weight_map(pretrained_model_name_or_path, config, hub)
-        _refuse(pretrained_model_name_or_path, _misfits(pretrained_model_name_or_path, weight_map, config, hub))
+        folder = pretrained_model_name_or_path
+        weight_map = check_stored(folder, config, hub)
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
+                folder,
                 *args,
                 config=config,
                 output_loading_info=True,
@@ -407,9 +499,8 @@ class MultiTaskModel(PreTrainedModel):
                 **kwargs,
             )
         except (OSError, SafetensorError) as error:
-            files = sorted(set(weight_map.values())) or ["model.safetensors"]
-            raise WeightsError(_unreadable(pretrained_model_name_or_path, files, hub, error)) from error
-        _refuse(pretrained_model_name_or_path, _loading_problems(info, weight_map, config))
+            raise WeightsError(f"{folder}: the weights could not be read: {error}") from error
+        refuse(folder, loading_problems(info, weight_map, config) or not_finite(model.named_parameters()))
         model.hub_options = hub
         return (model, info) if with_info else model  # type: ignore[return-value]  # a pair on request, as everywhere
 
@@ -516,7 +607,8 @@ class _HeadView(MultiTaskModel):
         }  # fmt: skip
         inputs, labels = self._cut({name: x for name, x in inputs.items() if x is not None}, labels)
         labelled = None if labels is None else {self.task: labels}
-        out = super().forward(**inputs, tasks=[self.task], labels=labelled, return_dict=True, **kwargs)
+        options = {"tasks": [self.task], "labels": labelled, "output_embedding": False, "return_dict": True}
+        out = super().forward(**inputs, **{**kwargs, **options})
         return self.output_class(
             loss=out.loss, logits=out.logits[self.task], hidden_states=out.hidden_states, attentions=out.attentions
         )
@@ -542,8 +634,8 @@ class _HeadView(MultiTaskModel):
 
 def _refuse_other_labels(config: MultiTaskConfig, task: str) -> None:
     """Raises a ValueError if `num_labels` or `id2label` was passed while loading, and asks for another head than stored."""
-    given = list(config.id2label.values())
-    if given != ["LABEL_0", "LABEL_1"] and given not in [fields["labels"] for fields in config.tasks.values()]:
+    given = list(config.id2label.values())  # none, unless somebody asked for them
+    if given and given not in [fields["labels"] for fields in config.tasks.values()]:
         raise ValueError(
             f"num_labels or id2label asks for the labels {given}; the head {task!r} has {config.tasks[task]['labels']}. "
             "Labels are part of a task: add_task(name, spec) makes a new head, remove_task(name) drops one."
@@ -562,117 +654,6 @@ class MultiTaskForTokenClassification(_HeadView):
 
     kind = TOKEN
     output_class = TokenClassifierOutput
-
-
-# Reading stored weights: what `from_pretrained` checks, and how it says what is wrong
-
-
-def check_weight_map(index: Any, source: str) -> dict[str, str]:
-    """Returns the weight map of a parsed index after checking its form.
-
-    Raises:
-        WeightsError: It is no index, or names a file outside its folder or one that is not safetensors.
-    """
-    fields = index if isinstance(index, dict) else {}
-    weight_map = fields.get("weight_map")
-    if not isinstance(fields.get("metadata"), dict) or not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{source}: needs the objects 'metadata' and 'weight_map' at its root, the latter not empty.")
-    for key, file in weight_map.items():
-        if not is_inside(file, ".safetensors"):
-            raise WeightsError(
-                f"{source}: weight_map[{key!r}] is {file!r}; allowed: a *.safetensors file inside the model's folder."
-            )
-    return weight_map
-
-
-def _read_weight_map(folder: str | Path | None, config: MultiTaskConfig, hub: dict[str, Any]) -> dict[str, str]:
-    index_name = getattr(config, "transformers_weights", None)
-    if folder is None or index_name is None:
-        return {}
-    try:
-        return check_weight_map(json.loads(Path(cached_file(folder, index_name, **hub)).read_text("utf-8")), index_name)
-    except (OSError, RecursionError, ValueError) as error:  # no such file, JSON nested too deep, no JSON or no UTF-8
-        raise WeightsError(
-            f"{index_name}, which config.json names in 'multitask_weights', is unreadable: {error}"
-        ) from error
-
-
-def _unreadable(folder: str | Path, files: list[str], hub: dict[str, Any], error: Exception) -> str:
-    """Returns a message that names the file of `files` which made loading fail, if one can be told."""
-    for file in files:
-        try:
-            with safe_open(cached_file(folder, file, **hub), framework="pt"):
-                pass
-        except Exception as cause:
-            return f"{folder}: the weights file {file} is missing or broken ({cause}). Fetch it again."
-    return f"{folder}: the weights could not be read: {error}"
-
-
-def blank_model(config: MultiTaskConfig) -> MultiTaskModel:
-    """Returns the model that a configuration describes, on the meta device, where weights have shapes and no numbers.
-
-    Raises:
-        ValueError: A field is not allowed.
-        WeightsError: No encoder can be built from its fields.
-    """
-    try:
-        with torch.device("meta"):
-            return MultiTaskModel(copy.deepcopy(config))
-    except (ImportError, ValueError):
-        raise
-    except Exception as error:  # of as many types as there are encoders
-        raise WeightsError(f"config.json describes no model that can be built: {error!r}") from error
-
-
-def _misfits(
-    folder: str | Path | None, weight_map: dict[str, str], config: MultiTaskConfig, hub: dict[str, Any]
-) -> list[str]:
-    """Returns one line for each stored weight that has another shape or kind of number than the configuration asks for.
-
-    This is known before loading, which would make room for whatever a broken configuration asks for. A file that cannot
-    be read is left to it, and so are quantized weights, whose shapes differ by nature.
-    """
-    if folder is None or getattr(config, "quantization_config", None) is not None:
-        return []
-    blank, problems = blank_model(config), []
-    prefix = f"{blank.base_model_prefix}."
-    described = {name: x for key, x in blank.state_dict().items() for name in (key, key.removeprefix(prefix))}
-    for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
-        with suppress(OSError, SafetensorError), safe_open(cached_file(folder, file, **hub), framework="pt") as weights:
-            for key in set(weights.keys()) & set(described):
-                stored, expected = weights.get_slice(key), described[key]
-                if stored.get_shape() != list(expected.shape):
-                    problems.append(_shape_problem(key, file, stored.get_shape(), expected.shape, config))
-                elif expected.is_floating_point() != stored.get_dtype().startswith(("F", "BF")):
-                    problems.append(
-                        f"{key}: {file} holds numbers of type {stored.get_dtype()}, a weight is of {expected.dtype}"
-                    )
-    return sorted(problems)
-
-
-def _shape_problem(key: str, file: str, stored: Iterable[int], expected: Iterable[int], config: MultiTaskConfig) -> str:
-    problem = f"{key}: {file} holds shape {list(stored)}, config.json asks for {list(expected)}"
-    task = key.split(".")[1] if key.startswith("heads.") else None
-    return problem if task is None else f"{problem} (tasks.{task}.labels has {len(config.tasks[task]['labels'])} labels)"
-
-
-def _loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: MultiTaskConfig) -> list[str]:
-    """Returns one line for each weight that did not load as it should."""
-
-    def where(key: str) -> str:  # the index holds the encoder's keys without the model's prefix
-        return weight_map.get(key) or weight_map.get(key.partition(".")[2]) or "the stored weights"
-
-    problems = [f"{key}: missing in {where(key)}" for key in sorted(info["missing_keys"])]
-    problems += [f"{key}: stored, but config.json describes no such weight" for key in sorted(info["unexpected_keys"])]
-    return problems + [
-        _shape_problem(key, where(key), stored, expected, config)
-        for key, stored, expected in sorted(info["mismatched_keys"])
-    ]
-
-
-def _refuse(folder: str | Path | None, problems: list[str]) -> None:
-    if problems:
-        raise WeightsError("\n  ".join([f"{folder} is not a whole model:", *problems]))
 
 
 MultiTaskModel.register_for_auto_class("AutoModel")

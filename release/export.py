@@ -27,7 +27,7 @@ from modeling_multitask import MultiTaskModel
 from pipeline_multitask import ONNX_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE_FILES = ("configuration_multitask.py", "modeling_multitask.py", "pipeline_multitask.py", "handler.py")
+CODE_FILES = ("configuration_multitask.py", "weights_multitask.py", "modeling_multitask.py", "pipeline_multitask.py", "handler.py")
 ENCODER_FILE = "model.safetensors"
 DENSE_FILE = "2_Dense/model.safetensors"
 HEADS_FILE = "heads/model.safetensors"
@@ -46,7 +46,7 @@ def release_key(key: str, prefix: str) -> tuple[str, str]:
         key: A key of `MultiTaskModel.state_dict()`.
         prefix: The model's `base_model_prefix`.
     """
-    if key.startswith("heads."):
+    if key.startswith(("heads.", "task_branch.")):
         return key, HEADS_FILE
     if key.startswith("linear."):
         return key, DENSE_FILE

@@ -1,0 +1,207 @@
+"""Stored weights: the checks that make sure a model is whole before anyone uses it.
+
+The model, `handler.py` and the scripts in `release/` share them. A release is an index and the safetensors files that it names;
+a checkpoint is a single `model.safetensors`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+try:
+    if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
+        from .configuration_multitask import MultiTaskConfig, is_inside
+except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
+    from configuration_multitask import MultiTaskConfig, is_inside
+
+CHECKPOINT_FILE = "model.safetensors"
+BRANCH = "task_branch."
+MODEL_PARTS = ("linear.", BRANCH, "heads.")  # all other keys of a release are the encoder's, without its prefix
+DIGESTED_AT_LOAD = 32 * 2**20  # bytes; larger files are left to `release.check`
+
+
+class WeightsError(Exception):
+    """The stored weights and the configuration do not make a whole model.
+
+    Neither a ValueError nor an OSError: `transformers.pipeline` answers those by trying the plain encoder instead.
+    """
+
+
+def refuse(source: str | Path | None, problems: list[str]) -> None:
+    """Raises a WeightsError that lists the problems, if there are any."""
+    if problems:
+        raise WeightsError("\n  ".join([f"{source} is not a whole model:", *problems]))
+
+
+def check_index(index: Any, source: str) -> dict[str, Any]:
+    """Returns a parsed index after checking its form.
+
+    Raises:
+        WeightsError: It is no index, or names a file outside its folder or one that is not safetensors.
+    """
+    fields = index if isinstance(index, dict) else {}
+    weight_map = fields.get("weight_map")
+    if not isinstance(fields.get("metadata"), dict) or not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{source}: needs the objects 'metadata' and 'weight_map' at its root, the latter not empty.")
+    for key, file in weight_map.items():
+        if not is_inside(file, ".safetensors"):
+            raise WeightsError(
+                f"{source}: weight_map[{key!r}] is {file!r}; allowed: a *.safetensors file inside the model's folder."
+            )
+    return fields
+
+
+def read_index(path: str | Path) -> dict[str, Any]:
+    """Returns the checked content of an index file.
+
+    Raises:
+        WeightsError: The file is missing, no JSON or no index.
+    """
+    try:
+        return check_index(json.loads(Path(path).read_text("utf-8")), Path(path).name)
+    except (OSError, RecursionError, ValueError) as error:
+        raise WeightsError(
+            f"{Path(path).name}, which config.json names in 'multitask_weights', is unreadable: {error}"
+        ) from error
+
+
+def file_problems(index: dict[str, Any] | None, locate: Callable[[str], str | Path | None]) -> list[str]:
+    """Returns one line for each way in which the stored files differ from what the index says, from their headers alone.
+
+    Files of up to 32 MB are also compared with the digests in the index, if it has them.
+
+    Args:
+        index: The index of a release; None for a checkpoint, which has none.
+        locate: Returns the local path of a file that the index names.
+    """
+    weight_map = index["weight_map"] if index else {}
+    digests = index["metadata"].get("sha256", {}) if index else {}
+    problems = []
+    for file in sorted(set(weight_map.values())) or [CHECKPOINT_FILE]:
+        named = {key for key, place in weight_map.items() if place == file} if index else None
+        try:
+            path = locate(file)
+            with safe_open(path, framework="pt") as weights:
+                stored = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (no dict)
+        except (OSError, SafetensorError, TypeError) as error:
+            problems.append(f"{file} is missing or broken ({error}); fetch it again")
+            continue
+        problems += _key_problems(file, stored, named)
+        if file in digests and Path(str(path)).stat().st_size <= DIGESTED_AT_LOAD and sha256(str(path)) != digests[file]:
+            problems.append(
+                f"{file} is not the file of this release: its sha256 is not the one in the index; fetch all again"
+            )
+    return problems
+
+
+def _key_problems(file: str, stored: dict[str, str], named: set[str] | None) -> list[str]:
+    weights = {key for key, dtype in stored.items() if dtype.startswith(("F", "BF"))}
+    if named is None:
+        named = set(stored)
+    problems = [f"{key}: missing in {file}" for key in sorted(named - set(stored))]
+    problems += [
+        f"{key}: {file} holds numbers of type {stored[key]}, weights are floating-point"
+        for key in sorted(named & set(stored) - weights)
+    ]
+    # Integers are buffers, such as the `position_ids` of older checkpoints, which the model computes by itself.
+    return problems + [f"{key}: stored in {file}, but the index does not name it there" for key in sorted(weights - named)]
+
+
+def sha256(path: str | Path) -> str:
+    """Returns the hexadecimal SHA-256 digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_stored(source: str | Path | None, config: MultiTaskConfig, hub: dict[str, Any]) -> dict[str, str]:
+    """Returns the weight map of a release, empty for a checkpoint, after checking the files without loading them.
+
+    Args:
+        source: A folder or a repository on the Hub.
+        config: Its configuration.
+        hub: Options such as `revision`.
+
+    Raises:
+        WeightsError: The index is malformed, or a file is missing, broken, of another release, or holds other keys.
+    """
+    if source is None or getattr(config, "quantization_config", None) is not None:  # quantized weights are integers
+        return {}
+    name = getattr(config, "transformers_weights", None)
+    if name is None:
+        has_checkpoint = cached_file(source, CHECKPOINT_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+        refuse(source, file_problems(None, lambda file: cached_file(source, file, **hub)) if has_checkpoint else [])
+        return {}
+    try:
+        path = cached_file(source, name, **hub)
+    except OSError as error:
+        raise WeightsError(
+            f"{source}: {name}, which config.json names in 'multitask_weights', is missing: {error}"
+        ) from error
+    index = read_index(path)
+    refuse(source, file_problems(index, lambda file: cached_file(source, file, **hub)))
+    return index["weight_map"]
+
+
+def loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: MultiTaskConfig) -> list[str]:
+    """Returns one line for each weight that `from_pretrained` could not place, from its loading info."""
+
+    def where(key: str) -> str:  # the index holds the encoder's keys without the model's prefix
+        return weight_map.get(key) or weight_map.get(key.partition(".")[2]) or "the stored weights"
+
+    problems = [f"{key}: missing in {where(key)}{_hint(key, config)}" for key in sorted(info["missing_keys"])]
+    problems += [
+        f"{key}: stored, but config.json describes no such weight{_hint(key, config)}"
+        for key in sorted(info["unexpected_keys"])
+    ]
+    return problems + [
+        f"{key}: {where(key)} holds shape {list(stored)}, config.json asks for {list(expected)}{_hint(key, config)}"
+        for key, stored, expected in sorted(info["mismatched_keys"])
+    ]
+
+
+def _hint(key: str, config: MultiTaskConfig) -> str:
+    """Returns which field of the configuration a weight follows from, in parentheses; empty for the encoder's."""
+    if key.startswith(BRANCH):
+        return f" (num_task_layers is {config.num_task_layers})"
+    task = key.split(".")[1] if key.startswith("heads.") else None
+    return f" (tasks.{task}.labels has {len(config.tasks[task]['labels'])} labels)" if task in config.tasks else ""
+
+
+def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Returns one line for each tensor that holds a NaN or an infinity."""
+    return [
+        f"{name}: holds numbers that are not finite"
+        for name, x in weights
+        if x.device.type != "meta" and x.is_floating_point() and not torch.isfinite(x).all()
+    ]
+
+
+def load_release(folder: str | Path, index: str, prefix: str) -> dict[str, Tensor]:
+    """Returns the state dict of a release folder, after the same checks that `from_pretrained` makes.
+
+    For environments whose transformers cannot read an index, such as Inference Endpoints.
+
+    Args:
+        folder: The release.
+        index: Name of its index file.
+        prefix: The model's `base_model_prefix`.
+
+    Raises:
+        WeightsError: A file is missing, broken or of another release, or holds other keys than the index says.
+    """
+    content = read_index(Path(folder, index))
+    refuse(folder, file_problems(content, lambda file: Path(folder, file)))
+    found = {}
+    for file in sorted(set(content["weight_map"].values())):
+        with safe_open(Path(folder, file), framework="pt") as weights:
+            for key in [key for key, place in content["weight_map"].items() if place == file]:
+                found[key if key.startswith(MODEL_PARTS) else f"{prefix}.{key}"] = weights.get_tensor(key)
+    refuse(folder, not_finite(found.items()))
+    return found
