@@ -233,7 +233,9 @@ class MultiTaskConfig(PretrainedConfig):
             raise ValueError(f"dtype is {self.dtype!r}; allowed: null or a floating-point type such as 'float32'.")
         self.model_type = model_type
         if not {"id2label", "num_labels"} & set(kwargs):
-            self.id2label, self.label2id = {}, {}  # labels belong to tasks; what is set later was asked for while loading
+            # Labels belong to tasks: what is set later was asked for while loading.
+            self.id2label: dict[int, str] = {}
+            self.label2id: dict[str, int] = {}
         self.pooling_mode = pooling_mode
         self.embedding_dim = embedding_dim
         self.num_task_layers = num_task_layers

@@ -71,10 +71,14 @@ def calibrate(
     pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)
     temperatures = {}
     for name, task in recipe.tasks.items():
-        if not task.has_head or task.head.get("problem_type") == REGRESSION or not has_split(task, split):
+        if not task.has_head or task.head.get("problem_type") == REGRESSION:
             continue
-        predictions = predict(pipe, name, task, load_task_split(task, split))
-        temperatures[name] = fit_temperature(predictions.logits * predictions.spec.temperature, predictions.truth)
+        parts = [part for part in task.parts(name).values() if has_split(part, split)]
+        found = [predict(pipe, name, part, load_task_split(part, split)) for part in parts]
+        if not found:
+            continue
+        logits = np.concatenate([x.logits for x in found]) * found[0].spec.temperature
+        temperatures[name] = fit_temperature(logits, np.concatenate([x.truth for x in found]))
         fields = {**model.config.tasks[name], "temperature": temperatures[name]}
         model.config.set_tasks({**model.config.tasks, name: fields})
         model.heads[name].spec = model.config.task_specs[name]

@@ -11,7 +11,6 @@ import json
 import platform
 import subprocess
 import sys
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +58,18 @@ from pipeline_multitask import (
     merge_words,
     text_chunks,
 )
-from training.data import DataError, encode, label_id, load_split, load_task_split, make_examples, split_names, task_labels
+from training.data import (
+    DataError,
+    encode,
+    load_split,
+    load_task_split,
+    make_examples,
+    split_names,
+    tagged_rows,
+    task_labels,
+    word_tags,
+)
+from training.objectives import fold_unsaid, unsaid_labels
 from training.recipe import POSITIVE_PAIRS, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +92,7 @@ def measure(
     limit: int | None = None,
     plots: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Returns, for each task, `metrics` (name to value), `intervals` (name to [low, high]), and on what it was measured.
+    """Returns, for each task (each "<task>/<data set>" of one with several), `metrics` (name to value), `intervals` (name to [low, high]), and on what it was measured.
 
     To measure a model while it trains, give `MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)`;
     the model is left in evaluation mode, as the pipeline itself leaves it. A task whose data set has no such split is
@@ -102,19 +112,20 @@ def measure(
     """
     pipe.model.eval()
     results = {}
-    for name, task in recipe.tasks.items():
+    for key, task in recipe.parts.items():
         if not has_split(task, split):
             continue
+        name = key.partition("/")[0]
         data = _first_rows(task, load_task_split(task, split), limit)
         if task.has_head:
             predictions = predict(pipe, name, task, data)
             metrics, ranges = measure_head(predictions, intervals)
             if plots:
-                _draw(plots, name, predictions)
+                _draw(plots, key.replace("/", "_"), predictions)
         else:
             metrics, ranges = measure_pairs(pipe, task, data, recipe.model.prefix_dims, reference, intervals)
         facts = {"split": split, "rows": len(data), "sha256": fingerprint(task, data)}
-        results[name] = {"metrics": metrics, "intervals": ranges, **facts}
+        results[key] = {"metrics": metrics, "intervals": ranges, **facts}
     return results
 
 
@@ -136,18 +147,19 @@ def main_metric(task: TaskRecipe) -> str:
 
 
 def average(results: dict[str, dict[str, Any]], recipe: Recipe) -> float:
-    """Returns the mean of the main metrics of the tasks that `measure` has measured; NaN if there are none.
+    """Returns the mean over tasks of their main metric, of several data sets the mean; NaN if nothing was measured.
 
     Raises:
         ValueError: A task's main metric is none that was measured.
     """
-    values = []
+    values: dict[str, list[float]] = {}
     for name, found in results.items():
-        key = main_metric(recipe.tasks[name])
+        task = name.partition("/")[0]
+        key = main_metric(recipe.tasks[task])
         if key not in found["metrics"]:
             raise DataError(f"tasks.{name}.metric is {key!r}; allowed: {', '.join(found['metrics'])}.")
-        values.append(found["metrics"][key])
-    return float(np.mean(values)) if values else float("nan")
+        values.setdefault(task, []).append(found["metrics"][key])
+    return float(np.mean([np.mean(x) for x in values.values()])) if values else float("nan")
 
 
 # What a head says
@@ -204,7 +216,8 @@ def _predict_texts(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names:
     spec = pipe.model.config.task_specs[name]
     examples = make_examples(task, data, names, pipe.tokenizer, f"tasks.{name} ({task.dataset})")
     given = np.array([example["labels"] for example in examples])
-    rows = np.flatnonzero(given != IGNORE_INDEX if given.ndim == 1 else (given != IGNORE_INDEX).all(axis=1))
+    labelled = ~np.isnan(given) if spec.problem_type == REGRESSION else given != IGNORE_INDEX
+    rows = np.flatnonzero(labelled if given.ndim == 1 else labelled.all(axis=1))
     answered = list(answers(pipe, name, [examples[row]["text"] for row in rows]))
     logits = np.array([logits for _, _, logits in answered]).reshape(len(rows), len(spec.labels))
     if spec.problem_type == REGRESSION:
@@ -222,12 +235,9 @@ def _predict_texts(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names:
 def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names: list[str]) -> Predictions:
     """Returns what a token head says of words; a row's tokens are joined by spaces and found again by the model."""
     spec = pipe.model.config.task_specs[name]
-    tokens = list(data[task.text_columns[0]])
-    given = [
-        [label_id(tag, names, f"tasks.{name}, row {row}") for tag in tags]
-        for row, tags in enumerate(data[task.label_column])
-    ]
-    truth = [[None if tag == IGNORE_INDEX else names[tag] for tag in tags] for tags in given]
+    tagged = tagged_rows(task, data, names, f"tasks.{name} ({task.dataset})")
+    tokens, truth = [row for row, _ in tagged], [tags for _, tags in tagged]
+    unsaid, outside = unsaid_labels(task, spec.labels), spec.labels.index("O") if spec.is_bio else None
     logits, labels, rows, found = [], [], [], []
     for row, (record, words, values) in enumerate(answers(pipe, name, [" ".join(x) for x in tokens])):
         spans = token_spans(tokens[row])
@@ -235,10 +245,11 @@ def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names:
         labels += [spec.labels.index(x) if x in spec.labels else IGNORE_INDEX for x in word_tags(words, spans, truth[row])]
         rows += [row] * len(words)
         if spec.is_bio:  # nothing is judged at a token that has no tag
-            tags = entities_to_tags(spans, record["entities"][name])
+            said = [x for x in record["entities"][name] if x["entity_group"] not in task.unsaid]
+            tags = entities_to_tags(spans, said)
             found.append(["O" if gold is None else tag for gold, tag in zip(truth[row], tags, strict=True)])
     kept = np.array(labels, dtype=int) != IGNORE_INDEX
-    values = np.concatenate(logits)[kept]
+    values = fold_unsaid(torch.from_numpy(np.concatenate(logits)[kept]), unsaid, outside).numpy()
     tags = ([[tag or "O" for tag in row] for row in truth], found) if spec.is_bio else None
     return Predictions(spec, values, values.argmax(axis=1), np.array(labels)[kept], np.array(rows)[kept], tags)
 
@@ -262,27 +273,6 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
                 yield record, *merge_words(name, group)
             else:
                 yield record, [], mean_over_windows(group, [window.logits[name] for window in group])
-
-
-def word_tags(words: list[Span], spans: list[Span], tags: list[str | None]) -> list[str | None]:
-    """Returns the tag of each of the model's words, given the data set's tokens.
-
-    Of a token that is several words to the model, such as "U.S.", the first has its tag and the others the `I-` form.
-
-    Args:
-        words: Character span of each word.
-        spans: Character span of each token; none starts after the first word does.
-        tags: Tag of each token, None for a missing one.
-    """
-    starts = [start for start, _ in spans]
-    tagged, previous = [], -1
-    for start, _ in words:
-        index = bisect_right(starts, start) - 1
-        tag = tags[index]
-        goes_on = index == previous and tag is not None and tag.startswith("B-")
-        tagged.append("I-" + tag[2:] if goes_on else tag)
-        previous = index
-    return tagged
 
 
 def measure_head(predictions: Predictions, intervals: bool) -> Measures:
@@ -408,9 +398,9 @@ def public_name(dataset: str) -> str:
 
 
 def has_split(task: TaskRecipe, split: str) -> bool:
-    """Returns whether a task's data set has the split ("train", "validation" or "test")."""
+    """Returns whether a task's data set has the split ("train", "validation" or "test"); an empty name in `splits`: it has not."""
     known, name = split_names(task.dataset), task.splits.get(split, split)
-    if split in task.splits and name not in known:
+    if split in task.splits and name and name not in known:
         raise DataError(f"{task.dataset}: splits.{split} is {name!r}; it has {', '.join(known)}.")
     return name in known
 
@@ -448,7 +438,7 @@ def check_splits(recipe: Recipe, split: str, neighbours: list[str] | None) -> No
     Raises:
         RecipeError: Some cannot be loaded; the message names them all.
     """
-    loaders = {f"tasks.{name}": partial(load_task_split, task, split) for name, task in recipe.tasks.items()}
+    loaders = {f"tasks.{name}": partial(load_task_split, task, split) for name, task in recipe.parts.items()}
     if neighbours:
         loaders["--neighbours"] = partial(load_split, *neighbours[:2], neighbours[2:])
     problems = []

@@ -1,7 +1,9 @@
 """Training data: data sets from the Hub or from folders, turned into tokenized examples, and examples into batches."""
 
 import math
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -17,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from configuration_multitask import TOKEN
 from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX, pool
-from pipeline_multitask import Window, find_words, word_starts
-from training.recipe import SCORED_PAIRS, TaskRecipe
+from pipeline_multitask import Span, Window, find_words
+from training.recipe import NO_LABEL, SCORED_PAIRS, TaskRecipe, is_entities, label_names
 
 Example = dict[str, Any]
 ENCODED_TOGETHER = 64  # texts in a batch of `encode`
@@ -44,14 +46,14 @@ def load_split(name_or_path: str, split: str, columns: Iterable[str]) -> Dataset
         name_or_path: A Hub id, with the subset after a colon and the revision after an @ ("cardiffnlp/tweet_eval:sentiment",
             "eriktks/conll2003@refs/convert/parquet"), a folder, or a csv, jsonl or parquet file, which is a data set with
             the split "train" alone.
-        split: The data set's own name of the split.
+        split: The data set's own name of the split, or several joined by plus signs ("train+validation").
         columns: The columns that will be read.
 
     Raises:
         DataError: The split or a column is missing, or the split is empty.
     """
     known = split_names(name_or_path)
-    if split not in known:
+    if not set(split.split("+")) <= set(known):
         raise DataError(
             f"{name_or_path}: no split {split!r}; it has {', '.join(known)}. Name the data set's own in the task's `splits`."
         )
@@ -109,12 +111,50 @@ def class_names(data: Dataset, column: str) -> list[str]:
 
 
 def task_labels(task: TaskRecipe, data: Dataset) -> list[str]:
-    """Returns the label names of a task with a head, in the order of its numbers."""
+    """Returns the label names of a task with a head, in the order of the head's numbers."""
     if task.labels is not None:
         return list(task.labels)
     if task.head.get("problem_type") == "regression":
         return [str(task.label_column)]
     return class_names(data, str(task.label_column))
+
+
+def source_labels(task: TaskRecipe, data: Dataset) -> list[str]:
+    """Returns the data set's own label names in the order of its numbers: those of the recipe, or those that it declares."""
+    if task.source_labels is not None:
+        return list(task.source_labels)
+    if task.labels is not None and not task.mapping:
+        feature = data.features[str(task.label_column)]
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        return list(names) if names and set(names) <= set(task.labels) else list(task.labels)
+    return task_labels(task, data) if task.labels is None else class_names(data, str(task.label_column))
+
+
+def label_map(task: TaskRecipe, source: list[str], labels: list[str], where: str) -> list[int]:
+    """Returns, for each of a data set's own labels, the number of the task's label, or -100 for none.
+
+    Raises:
+        DataError: The mapping names a label that the data set has not, or leaves one out; all are listed.
+    """
+    mapping = task.mapping or {name: name for name in label_names(replace(task, labels=labels))}
+    entities = is_entities(replace(task, labels=labels))
+    types = {x[2:] if entities else x for x in source if not (entities and x == "O")}
+    problems = [
+        f"mapping names {name!r}, which the data set has not" for name in sorted(set(mapping) - types) if task.mapping
+    ]
+    problems += [f"label {name!r} is mapped to nothing; add it to the mapping" for name in sorted(types - set(mapping))]
+    if problems:
+        raise DataError(f"{where}: {'; '.join(problems)}. The data set's labels are: {', '.join(sorted(types))}.")
+    found = []
+    for name in source:
+        if not entities:
+            target = mapping[name]
+            found.append(IGNORE_INDEX if target == NO_LABEL else labels.index(target))
+        elif name == "O" or mapping[name[2:]] == NO_LABEL:
+            found.append(labels.index("O"))
+        else:
+            found.append(labels.index(name[:2] + mapping[name[2:]]))
+    return found
 
 
 def label_id(value: object, labels: list[str], where: str) -> int:
@@ -132,30 +172,26 @@ def label_id(value: object, labels: list[str], where: str) -> int:
     raise DataError(f"{where}: label {value!r} is none of 0 … {len(labels) - 1} ({', '.join(labels)}).")
 
 
-def align_tags(text: str, encoding: Any, spans: list[tuple[int, int]], tags: list[str]) -> list[str | None]:
-    """Returns a tag per token of one encoded text: at each word's first token its BIO tag, elsewhere None.
+def word_tags(words: list[Span], spans: list[Span], tags: list[str | None]) -> list[str | None]:
+    """Returns the tag of each of the model's words, given a data set's tokens. Training and evaluation both use it.
 
-    A data set's token such as "U.S." can be several words to the model; the first gets the tag itself, the others
-    its `I-` form, so that training sees words just as the pipeline cuts them out of raw text.
+    A token such as "U.S." can be several words to the model; the first has the token's tag and the others its `I-` form, so
+    that training sees words just as the pipeline cuts them out of raw text.
 
     Args:
-        text: The text.
-        encoding: Its fast-tokenizer encoding with `offsets` and `word_ids`.
-        spans: Character span (start, end) of each tagged token, in order.
-        tags: BIO tag of each.
+        words: Character span (start, end) of each word.
+        spans: Character span of each token; none starts after the first word does.
+        tags: Tag of each token, None for a missing one.
     """
-    aligned: list[str | None] = []
-    index = 0
-    for (start, _), is_start in zip(*word_starts(text, encoding.offsets, encoding.word_ids), strict=True):
-        while index < len(spans) and spans[index][1] <= start:
-            index += 1
-        if not is_start or index == len(spans):
-            aligned.append(None)
-        elif start > spans[index][0] and tags[index].startswith("B-"):
-            aligned.append("I-" + tags[index][2:])
-        else:
-            aligned.append(tags[index])
-    return aligned
+    starts = [start for start, _ in spans]
+    tagged, previous = [], -1
+    for start, _ in words:
+        index = bisect_right(starts, start) - 1
+        tag = tags[index]
+        goes_on = index == previous and tag is not None and tag.startswith("B-")
+        tagged.append(f"I-{tag[2:]}" if goes_on and tag else tag)
+        previous = index
+    return tagged
 
 
 def make_examples(
@@ -164,8 +200,8 @@ def make_examples(
     """Returns a split's examples, ready for `make_batch`.
 
     An example holds `input_ids` (for pairs and triplets a list of them), `text` likewise, and `labels`: int for single
-    labels, float per label for multi-label and regression, int per token for tags, float for a pair's score. Token
-    examples also hold `casing_ids`.
+    labels, float per label for multi-label and regression, int per token for tags, float for a pair's score. Single texts
+    also have `casing_ids`, and rows of words `tagged`, their tokens and tags.
 
     Args:
         task: The task.
@@ -179,19 +215,34 @@ def make_examples(
     """
     if task.kind == TOKEN:
         return _token_examples(task, data, labels, tokenizer, where)
-    columns = [_texts(data, column, where) for column in task.text_columns]
-    ids = [tokenizer(texts, truncation=True)["input_ids"] for texts in columns]
     values = data[task.label_column] if task.label_column else [0.0] * len(data)
-    examples = []
-    for row, (row_ids, texts, value) in enumerate(
-        zip(zip(*ids, strict=True), zip(*columns, strict=True), values, strict=True)
-    ):
-        label = _label(task, value, labels, f"{where}, row {row}, column {task.label_column}")
-        single = len(columns) == 1
-        examples.append(
-            {"input_ids": row_ids[0] if single else list(row_ids), "text": texts[0] if single else texts, "labels": label}
-        )
-    return examples
+    to_label = _label_reader(task, data, labels, where)
+    found = [to_label(value, f"{where}, row {row}, column {task.label_column}") for row, value in enumerate(values)]
+    columns = [_texts(data, column, where) for column in task.text_columns]
+    if len(columns) == 1:
+        return [{**x, "labels": label} for (x, _), label in zip(_encoded(columns[0], tokenizer), found, strict=True)]
+    ids = [tokenizer(texts, truncation=True)["input_ids"] for texts in columns]
+    rows = zip(zip(*ids, strict=True), zip(*columns, strict=True), found, strict=True)
+    return [{"input_ids": list(row_ids), "text": texts, "labels": label} for row_ids, texts, label in rows]
+
+
+def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Example, list[tuple[int, Span]]]]:
+    """Returns each text's token ids, the casing of their words, and the text; and its words as a `Window` holds them."""
+    found = []
+    for text, encoding in zip(texts, tokenizer(texts, truncation=True).encodings if texts else [], strict=True):
+        window = Window(0, encoding.ids)
+        find_words(window, text, encoding, True, True)
+        found.append(({"input_ids": encoding.ids, "casing_ids": window.casings, "text": text}, window.words))
+    return found
+
+
+def rewrite(text: str, form: str | None) -> str:
+    """Returns a text as somebody else would write it, see `REWRITES`; None: as it is."""
+    if form == "bare":
+        return text.rstrip(" .!?…") or text
+    if form == "title":
+        return " ".join(word[:1].upper() + word[1:] for word in text.split(" "))
+    return {"lower": text.lower, "upper": text.upper, None: lambda: text}[form]()
 
 
 def _texts(data: Dataset, column: str, where: str) -> list[str]:
@@ -202,67 +253,127 @@ def _texts(data: Dataset, column: str, where: str) -> list[str]:
     return texts
 
 
-def _label(task: TaskRecipe, value: Any, labels: list[str], where: str) -> Any:
-    """Returns one row's label as the task's loss wants it; -100 where it is missing."""
+def _label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> Callable[[Any, str], Any]:
+    """Returns what turns a row's value, given its place for errors, into a label as the task's loss wants it."""
     problem = task.head.get("problem_type")
     if not task.has_head:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise DataError(f"{where}: score {value!r} is no number.")
-        return float(value)
-    if problem is None or problem == "single_label_classification":
-        return label_id(value, labels, where)
+        return _score
+    if problem == "regression":
+        return lambda value, place: _numbers(value, labels, place)
+    source = source_labels(task, data)
+    mapped = label_map(task, source, labels, where)
+
+    def to_id(value: Any, place: str) -> int:
+        found = label_id(value, source, place)
+        return IGNORE_INDEX if found == IGNORE_INDEX else mapped[found]
+
+    if problem == "multi_label_classification":
+        unsaid = [labels.index(name) for name in task.unsaid]
+        return lambda value, place: _present(value, labels, unsaid, to_id, place)
+    return lambda value, place: (
+        _agreed(value, to_id, place) if task.mapping and isinstance(value, list) else to_id(value, place)
+    )
+
+
+def _score(value: Any, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{place}: score {value!r} is no number.")
+    return float(value)
+
+
+def _present(value: Any, labels: list[str], unsaid: list[int], to_id: Callable[[Any, str], int], place: str) -> list[float]:
+    """Returns 1.0 for each label that is present, 0.0 for the others, and -100 for what is missing."""
     if value is None:
         return [float(IGNORE_INDEX)] * len(labels)
-    if problem == "multi_label_classification":
-        present = {label_id(x, labels, where) for x in _list(value, where)}
-        return [float(i in present) for i in range(len(labels))]
-    numbers = _list(value, where) if isinstance(value, list) else [value]
-    if len(numbers) != len(labels) or not all(isinstance(x, int | float) for x in numbers):
-        raise DataError(f"{where}: {value!r} is not {len(labels)} number(s), one for each of: {', '.join(labels)}.")
-    return [float(x) for x in numbers]
-
-
-def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise DataError(f"{where}: {value!r} is no list of labels.")
-    return value
+        raise DataError(f"{place}: {value!r} is no list of labels.")
+    present = {to_id(x, place) for x in value}
+    return [float(IGNORE_INDEX) if i in unsaid else float(i in present) for i in range(len(labels))]
+
+
+def _agreed(values: list[Any], to_id: Callable[[Any, str], int], place: str) -> int:
+    """Returns the one label that all of a row's labels map to, leaving out those that map to none; -100 if they differ."""
+    found = {to_id(value, place) for value in values} - {IGNORE_INDEX}
+    return found.pop() if len(found) == 1 else IGNORE_INDEX
+
+
+def _numbers(value: Any, labels: list[str], place: str) -> list[float]:
+    """Returns the numbers of a regression task, NaN for all if the value is missing."""
+    if value is None:
+        return [math.nan] * len(labels)
+    numbers = value if isinstance(value, list) else [value]
+    well_formed = all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)
+    if len(numbers) != len(labels) or not well_formed:
+        raise DataError(f"{place}: {value!r} is not {len(labels)} number(s), one for each of: {', '.join(labels)}.")
+    return [float(x) for x in numbers]
 
 
 def _token_examples(
     task: TaskRecipe, data: Dataset, labels: list[str], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[Example]:
-    rows = _tagged_rows(task, data, labels, where)
+    rows = tagged_rows(task, data, labels, where)
     groups = [rows[start : start + task.passage_rows] for start in range(0, len(rows), task.passage_rows)]
     if task.passage_rows > 1:  # rows as they are, and longer texts, as people have them
         rows = rows + [tuple(list(chain(*column)) for column in zip(*group, strict=True)) for group in groups]
-    return [_token_example(tokens, tags, labels, tokenizer) for tokens, tags in rows]
+    return _tagged_examples(rows, labels, tokenizer)
 
 
-def _tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> list[tuple[list[str], list[str | None]]]:
-    """Returns each row's tokens and the names of their tags, None for a missing one."""
-    column = str(task.label_column)
+def rewritten(example: Example, form: str, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Returns what `make_examples` would give for a single text or a row of words that somebody wrote otherwise.
+
+    Args:
+        example: What it gave for the original.
+        form: One of `REWRITES`.
+        labels: Label names of the words.
+        tokenizer: The tokenizer.
+    """
+    if "tagged" in example:
+        return _tagged_examples([_rewrite_tokens(*example["tagged"], form)], labels, tokenizer)[0]
+    return {**_encoded([rewrite(example["text"], form)], tokenizer)[0][0], "labels": example["labels"]}
+
+
+def _rewrite_tokens(tokens: list[str], tags: list[str | None], form: str | None) -> tuple[list[str], list[str | None]]:
+    """Returns tokens and tags of a row as somebody else would write it, see `REWRITES`."""
+    if form == "bare":
+        is_end = len(tokens) > 1 and tokens[-1] in (".", "!", "?", "…")
+        return (tokens[:-1], tags[:-1]) if is_end else (tokens, tags)
+    return [rewrite(token, form) for token in tokens], tags
+
+
+def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> list[tuple[list[str], list[str | None]]]:
+    """Returns each row's tokens and the names of their tags among the task's labels, None for a missing one.
+
+    Raises:
+        DataError: A row holds no tokens and tags of equal number, or an unknown tag; the message names it.
+    """
+    column, source = str(task.label_column), source_labels(task, data)
+    mapped = label_map(task, source, labels, where)
     rows = []
     for row, (tokens, tags) in enumerate(zip(data[task.text_columns[0]], data[column], strict=True)):
         if not isinstance(tokens, list) or not isinstance(tags, list) or not all(isinstance(x, str) for x in tokens):
             raise DataError(f"{where}, row {row}: {tokens!r:.50} are no list of words, or {tags!r:.50} no list of tags.")
         if len(tokens) != len(tags):
             raise DataError(f"{where}, row {row}: {len(tokens)} {task.text_columns[0]} but {len(tags)} {column}.")
-        ids = [label_id(tag, labels, f"{where}, row {row}, column {column}, token {i}") for i, tag in enumerate(tags)]
-        rows.append((list(tokens), [None if x == IGNORE_INDEX else labels[x] for x in ids]))
+        ids = [label_id(tag, source, f"{where}, row {row}, column {column}, token {i}") for i, tag in enumerate(tags)]
+        names = [None if x == IGNORE_INDEX or mapped[x] == IGNORE_INDEX else labels[mapped[x]] for x in ids]
+        rows.append((list(tokens), names))
     return rows
 
 
-def _token_example(
-    tokens: list[str], tags: list[str | None], labels: list[str], tokenizer: PreTrainedTokenizerBase
-) -> Example:
-    text = " ".join(tokens)
-    encoding = tokenizer(text, truncation=True).encodings[0]
-    window = Window(0, encoding.ids)
-    find_words(window, text, encoding, True, True)
-    aligned = align_tags(text, encoding, token_spans(tokens), [tag or "" for tag in tags])
-    # A scheme without `I-` labels has none for the further words of a token.
-    ids = [labels.index(tag) if tag in labels else IGNORE_INDEX for tag in aligned]
-    return {"input_ids": encoding.ids, "labels": ids, "text": text, "casing_ids": window.casings}
+def _tagged_examples(
+    rows: list[tuple[list[str], list[str | None]]], labels: list[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """Returns an example for each row of tokens and their tags."""
+    found = []
+    encoded = _encoded([" ".join(tokens) for tokens, _ in rows], tokenizer)
+    for (tokens, tags), (example, words) in zip(rows, encoded, strict=True):
+        ids = [IGNORE_INDEX] * len(example["input_ids"])
+        tagged = word_tags([span for _, span in words], token_spans(tokens), tags)
+        for (first, _), tag in zip(words, tagged, strict=True):
+            # A scheme without `I-` labels has none for the further words of a token.
+            ids[first] = labels.index(tag) if tag in labels else IGNORE_INDEX
+        found.append({**example, "labels": ids, "tagged": (tokens, tags)})
+    return found
 
 
 def cut_texts(examples: list[Example], max_length: int) -> int:
@@ -287,21 +398,26 @@ def pad_batch(rows: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
     return {"input_ids": pad(rows, pad_token_id), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
 
 
-def make_batch(task: str, kind: str, examples: list[Example], pad_token_id: int) -> dict[str, Any]:
-    """Returns examples of one task as tensors.
+def make_batch(kinds: dict[str, str], examples: list[Example], pad_token_id: int) -> dict[str, Any]:
+    """Returns examples as tensors: `input_ids`, `attention_mask`, for single texts `casing_ids`, and `labels` by task.
 
     Pairs and triplets become one batch of texts: all first ones, then all second ones, and so on. With `target` vectors
     in the examples, the batch holds them as float [texts, H].
+
+    Args:
+        kinds: Kind of each task that the examples have labels of, `labels[task]`.
+        examples: What `make_examples` gives, its labels by task.
+        pad_token_id: Fills up shorter rows.
     """
     sides = len(text_ids(examples[0]))
-    batch: dict[str, Any] = {"task": task}
-    batch.update(pad_batch([text_ids(x)[side] for side in range(sides) for x in examples], pad_token_id))
-    labels = [x["labels"] for x in examples]
-    if kind == TOKEN:
-        batch["labels"] = pad(labels, IGNORE_INDEX)
+    batch: dict[str, Any] = pad_batch([text_ids(x)[side] for side in range(sides) for x in examples], pad_token_id)
+    if "casing_ids" in examples[0]:
         batch["casing_ids"] = pad([x["casing_ids"] for x in examples], 0)
-    else:
-        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if kind == SCORED_PAIRS else None)
+    batch["labels"] = {}
+    for task, kind in kinds.items():
+        labels = [x["labels"][task] for x in examples]
+        dtype = torch.float32 if kind == SCORED_PAIRS else None
+        batch["labels"][task] = pad(labels, IGNORE_INDEX) if kind == TOKEN else torch.tensor(labels, dtype=dtype)
     if "target" in examples[0]:
         batch["target"] = torch.cat([torch.stack([x["target"][side] for x in examples]) for side in range(sides)])
     return batch

@@ -17,10 +17,13 @@ _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 
 
 def depth(model: MultiTaskModel, name: str) -> int | None:
-    """Returns how high in the encoder a parameter is: 0 for embeddings, then 1 … L for its layers; None outside of it.
+    """Returns how high a parameter is: 0 for embeddings, then 1 … L for the encoder's layers and the branch's; else None.
 
     What stands above the layers (a last norm) counts as the last layer.
     """
+    if name.startswith("task_branch."):
+        fork, found = model.config.num_hidden_layers - model.config.num_task_layers, _LAYER.search(name)
+        return fork + 1 + (int(found[1]) if found else 0)
     if not name.startswith(model.base_model_prefix + "."):
         return None
     found = _LAYER.search(name)
@@ -32,6 +35,8 @@ def depth(model: MultiTaskModel, name: str) -> int | None:
 
 def is_frozen(model: MultiTaskModel, name: str, recipe: FreezingRecipe) -> bool:
     """Returns whether a parameter never trains."""
+    if model.task_branch is not None:
+        return not name.startswith(("task_branch.", "heads."))
     height = depth(model, name)
     if height is None:
         return False
@@ -96,6 +101,8 @@ def new_optimizer(model: MultiTaskModel, recipe: OptimizerRecipe, others: nn.Mod
 def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> None:
     """Marks what never trains, and puts the adapters in if the recipe asks for them.
 
+    A frozen encoder has no dropout either: under a task branch, training sees the very vectors that inference sees.
+
     Raises:
         RecipeError: It goes by layers, and this encoder has not so many, or names them in a way not known here.
     """
@@ -110,24 +117,36 @@ def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> None:
     for name, parameter in model.named_parameters():
         if is_frozen(model, name, recipe):
             parameter.requires_grad_(False)
+    if model.task_branch is not None:
+        for module in model.encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     if recipe.lora_rank:
-        config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear")
-        adapted = LoraModel(model.encoder, config, "default")  # changes the encoder's layers in place
+        tuned = tuned_part(model)
+        linear = [name for name, module in tuned.named_modules() if isinstance(module, nn.Linear)]
+        config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=linear)
+        adapted = LoraModel(tuned, config, "default")  # changes the layers in place
         adapted.model.requires_grad_(False)
-        for name, parameter in model.encoder.named_parameters():
+        for name, parameter in tuned.named_parameters():
             parameter.requires_grad_("lora_" in name)
+
+
+def tuned_part(model: MultiTaskModel) -> nn.Module:
+    """Returns what adapters adapt: the layers of the task branch, or without one the encoder."""
+    return model.encoder if model.task_branch is None else model.task_branch.layers
 
 
 def merge_adapters(model: MultiTaskModel) -> None:
     """Adds low-rank adapters, if there are any, to the weights that they adapt, and removes them."""
-    tuned = [module for module in model.encoder.modules() if hasattr(module, "lora_A")]
+    part = tuned_part(model)
+    tuned = [module for module in part.modules() if hasattr(module, "lora_A")]
     for module in tuned:
         module.merge()
-    for name, module in list(model.encoder.named_modules()):
+    for name, module in list(part.named_modules()):
         if module in tuned:
-            model.encoder.set_submodule(name, module.get_base_layer())
+            part.set_submodule(name, module.get_base_layer())
     if tuned:
-        model.encoder.requires_grad_(True)
+        part.requires_grad_(True)
 
 
 class UnfreezeOnSchedule(TrainerCallback):

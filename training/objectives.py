@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from configuration_multitask import TaskSpec
 from modeling_multitask import IGNORE_INDEX, MultiTaskOutput, pool, task_loss
-from training.recipe import SCORED_PAIRS, LossesRecipe, TaskRecipe
+from training.recipe import EMBEDDING_KINDS, SCORED_PAIRS, LossesRecipe, TaskRecipe, is_entities
+from training.sampler import Stream
 
 CASING_DROPOUT = 0.15  # share of texts whose casing is hidden in training, so that the value "unknown" is learned
 EFFECTIVE_NUMBER_BETA = 0.999
@@ -46,6 +47,30 @@ def label_counts(spec: TaskSpec, labels: list[Any]) -> Tensor:
     return torch.bincount(flat[flat != IGNORE_INDEX].long(), minlength=len(spec.labels)).float()
 
 
+def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
+    """Returns the numbers of the labels that a task's data set never marks."""
+    return [i for i, label in enumerate(labels) if (label[2:] if is_entities(task) else label) in task.unsaid]
+
+
+def fold_unsaid(logits: Tensor, unsaid: list[int], outside: int | None) -> Tensor:
+    """Returns logits, float [..., C], that leave no probability to labels which a data set never marks.
+
+    For entities, where an "O" may hide one of them, their probability counts as that of "O"; elsewhere it is left out.
+
+    Args:
+        logits: float [..., C].
+        unsaid: Numbers of the labels.
+        outside: Number of the label "O"; None: there is none.
+    """
+    if not unsaid:
+        return logits
+    folded = logits.clone()
+    if outside is not None:
+        folded[..., outside] = logits[..., [outside, *unsaid]].logsumexp(dim=-1)
+    folded[..., unsaid] = torch.finfo(logits.dtype).min
+    return folded
+
+
 def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: TaskRecipe, weights: Tensor | None) -> Tensor:
     """Returns the mean loss over the labels that are not -100; zero (with a graph) if there are none.
 
@@ -55,9 +80,13 @@ def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: Ta
         spec: The head.
         logits: float [B, C] or [B, T, C].
         labels: As for `task_loss`.
-        task: Gives `focal_gamma` (Lin et al. 2017, Focal loss for dense object detection) and `label_smoothing`.
+        task: Gives `focal_gamma` (Lin et al. 2017, Focal loss for dense object detection), `label_smoothing` and the labels
+            that its data set never marks.
         weights: float [C], a factor per class; for multi-label tasks of each class's presence.
     """
+    if task.unsaid and spec.problem_type != "multi_label_classification":  # there, what is never marked is missing
+        outside = spec.labels.index("O") if spec.is_bio else None
+        logits = fold_unsaid(logits.float(), unsaid_labels(task, spec.labels), outside)
     if weights is None and not task.focal_gamma and not task.label_smoothing:
         return task_loss(spec, logits, labels)
     logits, kept = logits.float(), labels != IGNORE_INDEX
@@ -138,53 +167,56 @@ class LossWeights(nn.Module):
 
 
 class Objective:
-    """The loss of a batch, whichever task it is of.
+    """The loss of a batch, whichever data set it is of.
 
     Args:
-        tasks: The recipe's tasks.
+        streams: The run's data sets.
         losses: The recipe's losses.
+        loss_weights: The factor of each task's loss.
         weights: float [C] per class, for each task that has class weights.
-        num_labels: Number of labels of each task with a head.
         prefix_dims: Lengths of the embedding's prefixes that the embedding tasks train too.
     """
 
     def __init__(
         self,
-        tasks: dict[str, TaskRecipe],
+        streams: dict[str, Stream],
         losses: LossesRecipe,
+        loss_weights: LossWeights,
         weights: dict[str, Tensor],
-        num_labels: dict[str, int],
         prefix_dims: list[int],
     ) -> None:
-        self.tasks, self.losses, self.weights, self.prefix_dims = tasks, losses, weights, prefix_dims
-        self.loss_weights = LossWeights(tasks, losses.weighting, num_labels)
+        self.tasks = {name: x.tasks for name, x in streams.items()}
+        self.losses, self.loss_weights, self.weights, self.prefix_dims = losses, loss_weights, weights, prefix_dims
 
     def __call__(
         self, model: Any, specs: dict[str, TaskSpec], pooling_mode: str, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """Returns the task's own loss under its name, the embedding's "drift" if it is kept, and the sum as "loss".
+        """Returns each task's own loss under its name, the embedding's "drift" if it is kept, and the sum as "loss".
 
         Args:
             model: The model, possibly wrapped for several processes.
             specs: Its heads.
             pooling_mode: Its pooling.
-            batch: What `make_batch` returns.
+            batch: An item of a `BatchPlan`.
         """
         batch = dict(batch)
-        name, labels, target = batch.pop("task"), batch.pop("labels"), batch.pop("target", None)
+        tasks, labels, target = self.tasks[batch.pop("stream")], batch.pop("labels"), batch.pop("target", None)
         if "casing_ids" in batch and model.training:
             batch["casing_ids"] = hide_casing(batch["casing_ids"])
-        out = model(**batch, tasks=[name] if name in specs else [])
-        pooled = pool(out.last_hidden_state, batch["attention_mask"], pooling_mode)
-        own = self._task_loss(name, specs.get(name), out, pooled, labels)
-        found = {name: own, "loss": self.loss_weights(name, own)}
+        trains_embedding = target is not None or any(x.kind in EMBEDDING_KINDS for x in tasks.values())
+        out = model(**batch, tasks=[name for name in labels if name in specs], output_embedding=trains_embedding)
+        pooled = pool(out.last_hidden_state, batch["attention_mask"], pooling_mode) if trains_embedding else None
+        found = {name: self._task_loss(name, tasks[name], specs.get(name), out, pooled, y) for name, y in labels.items()}
+        weighted = [self.loss_weights(name, loss) for name, loss in found.items()]
+        found["loss"] = sum(weighted[1:], start=weighted[0])
         if target is not None:
             found["drift"] = preserve_loss(pooled, out.sentence_embedding, target, self.losses.preserve_mode)
             found["loss"] = found["loss"] + self.losses.preserve_weight * found["drift"]
         return found
 
-    def _task_loss(self, name: str, spec: TaskSpec | None, out: MultiTaskOutput, pooled: Tensor, labels: Tensor) -> Tensor:
-        task = self.tasks[name]
+    def _task_loss(
+        self, name: str, task: TaskRecipe, spec: TaskSpec | None, out: MultiTaskOutput, pooled: Tensor | None, labels: Tensor
+    ) -> Tensor:
         if spec is None:
             # The encoder's own vector too: with a free projection alone it would have no reason to be good.
             views = [pooled, out.sentence_embedding, *(out.sentence_embedding[:, :dim] for dim in self.prefix_dims)]

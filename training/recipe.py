@@ -23,6 +23,8 @@ WEIGHTINGS = ("fixed", "log_labels", "uncertainty", *GRADIENT_SURGERY)
 PRESERVE_MODES = ("cosine", "similarity", "both")
 FROZEN_PARTS = ("nothing", "word_embeddings", "embeddings", "encoder")
 PRECISIONS = ("float32", "bfloat16", "float16")
+REWRITES = ("lower", "upper", "title", "bare")  # how else a training text may be written
+NO_LABEL = ""  # what a data set's label is mapped to if its rows have no label for this task
 
 
 class RecipeError(ValueError):
@@ -37,19 +39,50 @@ class ModelRecipe:
         encoder: Hub id or folder of the encoder to start from.
         max_length: Tokens of a text that are read in training, special tokens included.
         pooling_mode: One of `POOLING_MODES`.
-        embedding_dim: Width of the projected embedding; left out: no projection.
+        embedding_dim: Dimension of the projected embedding; left out: no projection.
+        projection: File that holds the projection as `linear.weight`, see `training.projection`; left out: the principal
+            components of the training texts' vectors.
+        num_task_layers: Layers of the task branch, see `MultiTaskConfig`. Above 0, the encoder and the projection are
+            frozen: the tasks train the branch and the heads.
         prefix_dims: Lengths of the embedding's prefixes that the embedding tasks train too (Kusupati et al. 2022,
             Matryoshka representation learning).
-        encoder_dropout: Dropout inside the encoder in training, in [0, 1); left out: the encoder's own. At 0, the loss that
-            preserves the embedding sees no noise.
+        encoder_dropout: Dropout inside the layers that train, in [0, 1); left out: the encoder's own. Frozen layers have none.
     """
 
     encoder: str
     max_length: int
     pooling_mode: str = "mean"
     embedding_dim: int | None = None
+    projection: str | None = None
+    num_task_layers: int = 0
     prefix_dims: list[int] = field(default_factory=list)
     encoder_dropout: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecipe:
+    """One of several data sets of a task; the fields mean what they mean in `TaskRecipe`.
+
+    Attributes:
+        source_labels: Label names in the order of the data set's numbers, if the data set does not declare them.
+        mapping: The data set's label names (for entities: its types) to the task's; "" for rows that then have no label, or
+            for types that are no entity. Left out: the names are the task's own. Where the column holds a list and the task
+            one label, rows whose labels map to different ones have none.
+        unsaid: Labels of the task (for entities: types) that this data set never marks, so that their absence means
+            nothing: the loss takes the probability of an "O" as that of "O" or any of them.
+    """
+
+    dataset: str
+    text_columns: list[str]
+    label_column: str
+    folder: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    source_labels: list[str] | None = None
+    mapping: dict[str, str] = field(default_factory=dict)
+    unsaid: list[str] = field(default_factory=list)
+    limit: int | None = None
+    passage_rows: int = 1
+    epochs: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +90,11 @@ class TaskRecipe:
     """One task: its data set and columns, how much of it is seen, and its loss.
 
     Attributes:
+        datasets: Several data sets in place of one, by name; the task then gives its `labels`, and no `dataset`,
+            `text_columns`, `label_column`, `folder`, `splits`, `limit`, `passage_rows` and `epochs` of its own. A data set
+            that several tasks name alike trains their heads together, from one pass over its texts.
+        rewrites: Shares of the training texts that are seen written otherwise, in "lower", "upper" or "title" case, or
+            "bare", without their final punctuation; drawn anew in each epoch.
         kind: A head's kind, or what trains the embedding: "scored_pairs" (ranks pairs by their scores, CoSENT),
             "positive_pairs" or "triplets" (a text's partner among all partners of the batch).
         dataset: Hub id, with its subset after a colon, or folder.
@@ -79,12 +117,17 @@ class TaskRecipe:
     """
 
     kind: str
-    dataset: str
-    text_columns: list[str]
+    dataset: str = ""
+    text_columns: list[str] = field(default_factory=list)
     label_column: str | None = None
     folder: str | None = None
     splits: dict[str, str] = field(default_factory=dict)
     labels: list[str] | None = None
+    source_labels: list[str] | None = None
+    mapping: dict[str, str] = field(default_factory=dict)
+    unsaid: list[str] = field(default_factory=list)
+    datasets: dict[str, DatasetRecipe] = field(default_factory=dict)
+    rewrites: dict[str, float] = field(default_factory=dict)
     limit: int | None = None
     passage_rows: int = 1
     batch_size: int = 32
@@ -95,6 +138,15 @@ class TaskRecipe:
     label_smoothing: float = 0.0
     metric: str | None = None
     head: dict[str, Any] = field(default_factory=dict)
+
+    def parts(self, name: str) -> dict[str, "TaskRecipe"]:
+        """Returns the same task on each of its data sets alone, by "<task>/<data set>"; on a single one, itself by its name."""
+        if not self.datasets:
+            return {name: self}
+        fields = {
+            key: {x.name: getattr(part, x.name) for x in dataclasses.fields(part)} for key, part in self.datasets.items()
+        }
+        return {f"{name}/{key}": dataclasses.replace(self, datasets={}, **values) for key, values in fields.items()}
 
     @property
     def has_head(self) -> bool:
@@ -149,7 +201,8 @@ class FreezingRecipe:
     """What of the encoder is trained, and when.
 
     Attributes:
-        freeze: What never trains: "nothing", "word_embeddings", all "embeddings" or the whole "encoder".
+        freeze: What never trains: "nothing", "word_embeddings", all "embeddings" or the whole "encoder", which is the only
+            choice with `model.num_task_layers`. Left out: "encoder" there, else "nothing".
         first_layers: So many of the lowest layers, and all embeddings, never train.
         gradual: Whether layers start to train one after the other, from the top, over the first half of the run
             (Howard and Ruder 2018).
@@ -159,7 +212,7 @@ class FreezingRecipe:
             merged into its weights at the end.
     """
 
-    freeze: str = "nothing"
+    freeze: str | None = None
     first_layers: int = 0
     gradual: bool = False
     probe_ratio: float = 0.0
@@ -276,8 +329,12 @@ class Recipe:
             raise RecipeError("\n  ".join([f"{source}:", *problems]))
         if data is None:
             return recipe
-        tasks = {name: dataclasses.replace(x, dataset=str(data / x.folder)) for name, x in recipe.tasks.items()}
-        return dataclasses.replace(recipe, tasks=tasks)
+        return dataclasses.replace(recipe, tasks={name: _local(task, data) for name, task in recipe.tasks.items()})
+
+    @property
+    def parts(self) -> dict[str, TaskRecipe]:
+        """Every task on each of its data sets alone, see `TaskRecipe.parts`."""
+        return {key: part for name, task in self.tasks.items() for key, part in task.parts(name).items()}
 
     def only(self, *names: str) -> "Recipe":
         """Returns the same recipe with these tasks alone, for instance the single-task run of one.
@@ -288,6 +345,14 @@ class Recipe:
         if unknown := [name for name in names if name not in self.tasks]:
             raise RecipeError(f"no task {unknown}; the recipe's tasks are: {', '.join(self.tasks)}")
         return dataclasses.replace(self, tasks={name: self.tasks[name] for name in names})
+
+
+def _local(task: TaskRecipe, data: Path) -> TaskRecipe:
+    """Returns a task that reads its data sets from the folders of `data`."""
+    if not task.datasets:
+        return dataclasses.replace(task, dataset=str(data / str(task.folder)))
+    moved = {name: dataclasses.replace(x, dataset=str(data / str(x.folder))) for name, x in task.datasets.items()}
+    return dataclasses.replace(task, datasets=moved)
 
 
 def _override(fields: dict[str, Any], setting: str) -> None:
@@ -351,6 +416,7 @@ _CHOICES = {
 _RANGES = {
     "model.max_length": (3, None),
     "model.encoder_dropout": (0, 0.99),
+    "model.num_task_layers": (0, None),
     "sampling.temperature": (1, None),
     "sampling.batches": (1, None),
     "sampling.tasks_per_step": (1, None),
@@ -387,7 +453,8 @@ def _check_values(recipe: Recipe, data: Path | None) -> list[str]:
     problems = [] if recipe.tasks else ["tasks is empty; a run needs at least one task"]
     for path, allowed in _CHOICES.items():
         section, key = path.split(".")
-        problems += _choice(path, getattr(getattr(recipe, section), key), allowed)
+        value = getattr(getattr(recipe, section), key)
+        problems += [] if value is None else _choice(path, value, allowed)
     for path, limits in _RANGES.items():
         section, key = path.split(".")
         problems += _range(path, getattr(getattr(recipe, section), key), *limits)
@@ -421,6 +488,17 @@ def _task_problems(task: TaskRecipe, data: Path | None) -> list[str]:
         problems += _range(key, getattr(task, key), *limits)
     if problems:
         return problems
+    problems += _rewrite_problems(task)
+    if task.datasets:
+        return problems + _datasets_problems(task, data) + _head_problems(task)
+    return problems + _dataset_problems(task, data) + _head_problems(task)
+
+
+def _dataset_problems(task: TaskRecipe, data: Path | None) -> list[str]:
+    """Returns what is wrong with a task's only data set, or one of them as `TaskRecipe.parts` gives it."""
+    if not task.dataset:
+        return ["dataset is missing; name one, or several under `datasets`"]
+    problems = []
     if len(task.text_columns) != TEXTS[task.kind]:
         problems.append(f"text_columns is {task.text_columns}; a {task.kind} task needs {TEXTS[task.kind]}")
     if (task.label_column is None) == (task.kind in (*KINDS, SCORED_PAIRS)):
@@ -430,7 +508,62 @@ def _task_problems(task: TaskRecipe, data: Path | None) -> list[str]:
         problems.append(f"splits names {unknown}; allowed: {', '.join(SPLITS)}")
     if data is not None and task.folder is None:
         problems.append("folder is missing; --data needs to know the name of the data set's folder")
-    return problems + _head_problems(task)
+    if task.passage_rows > 1 and task.kind != TOKEN:
+        problems.append(f"passage_rows is {task.passage_rows}; only {TOKEN} tasks join their rows")
+    return problems + _mapping_problems(task)
+
+
+def _datasets_problems(task: TaskRecipe, data: Path | None) -> list[str]:
+    single = ("dataset", "text_columns", "label_column", "folder", "splits", "source_labels", "mapping", "unsaid", "limit")
+    problems = [f"{key} stands beside datasets; give it for each of them" for key in single if getattr(task, key)]
+    if not task.has_head:
+        problems.append(f"datasets is given; a {task.kind} task has a single data set")
+    if task.labels is None and task.head.get("problem_type") != "regression":
+        problems.append("labels is missing; a task with several data sets names its own labels")
+    places = [x.dataset for x in task.datasets.values()]
+    problems += [
+        f"datasets names {place!r} {places.count(place)} times" for place in sorted(set(places)) if places.count(place) > 1
+    ]
+    for key, part in task.parts("").items():
+        for name, limits in _TASK_RANGES.items():
+            problems += [f"datasets.{key[1:]}.{x}" for x in _range(name, getattr(part, name), *limits)]
+        problems += [f"datasets.{key[1:]}.{x}" for x in _dataset_problems(part, data)]
+    return problems
+
+
+def label_names(task: TaskRecipe) -> list[str]:
+    """Returns the names that a mapping maps to: the task's labels, for entities their types."""
+    labels = task.labels or []
+    return list(dict.fromkeys(x[2:] for x in labels if x != "O")) if is_entities(task) else labels
+
+
+def is_entities(task: TaskRecipe) -> bool:
+    """Returns whether the task's labels are a BIO scheme."""
+    return task.kind == TOKEN and any(x.startswith(("B-", "I-")) for x in task.labels or [])
+
+
+def _mapping_problems(task: TaskRecipe) -> list[str]:
+    if not task.mapping and not task.unsaid:
+        return []
+    if task.labels is None:
+        return ["mapping and unsaid need the task's labels"]
+    names = label_names(task)
+    problems = [
+        f"mapping.{source} is {target!r}; allowed: {', '.join(names)}, or an empty string for no label"
+        for source, target in task.mapping.items()
+        if target not in (*names, NO_LABEL)
+    ]
+    problems += [f"unsaid holds {name!r}; allowed: {', '.join(names)}" for name in task.unsaid if name not in names]
+    said = set(task.unsaid) & set(task.mapping.values())
+    return problems + [f"unsaid holds {name!r}, which mapping says" for name in sorted(said)]
+
+
+def _rewrite_problems(task: TaskRecipe) -> list[str]:
+    problems = [f"rewrites names {name!r}; allowed: {', '.join(REWRITES)}" for name in task.rewrites if name not in REWRITES]
+    problems += [x for name, share in task.rewrites.items() for x in _range(f"rewrites.{name}", share, 0, 1)]
+    if not problems and sum(task.rewrites.values()) > 1:
+        problems.append(f"rewrites adds up to {sum(task.rewrites.values()):g}; shares of all texts are at most 1 together")
+    return problems + ([f"rewrites is given; a {task.kind} task has none"] if task.rewrites and not task.has_head else [])
 
 
 def _head_problems(task: TaskRecipe) -> list[str]:
@@ -439,8 +572,6 @@ def _head_problems(task: TaskRecipe) -> list[str]:
     problems = []
     if not classifies and (task.class_weights != "none" or task.focal_gamma or task.label_smoothing):
         problems.append("class_weights, focal_gamma and label_smoothing are for classification only")
-    if task.passage_rows > 1 and task.kind != TOKEN:
-        problems.append(f"passage_rows is {task.passage_rows}; only {TOKEN} tasks join their rows")
     if not task.has_head:
         return problems + ([f"head is {task.head}; a {task.kind} task has no head"] if task.head else [])
     if fixed := sorted({"kind", "labels", "loss_weight", "thresholds"} & set(task.head)):
@@ -461,7 +592,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append(f"losses.weighting is {recipe.losses.weighting!r}; it needs sampling.tasks_per_step of at least 2")
     if recipe.run.patience is not None and not recipe.run.evaluations:
         problems.append("run.patience needs run.evaluations of at least 1")
-    if freezing.freeze == "encoder" and (freezing.lora_rank or freezing.gradual or freezing.first_layers):
+    frozen = freezing.freeze == "encoder" and not recipe.model.num_task_layers
+    if frozen and (freezing.lora_rank or freezing.gradual or freezing.first_layers):
         problems.append("freezing.freeze is 'encoder'; then lora_rank, gradual and first_layers have nothing to act on")
     if freezing.lora_rank and (freezing.gradual or freezing.first_layers):
         problems.append("freezing.lora_rank trains adapters alone; it goes with neither gradual nor first_layers")
@@ -471,16 +603,34 @@ def _contradictions(recipe: Recipe) -> list[str]:
             re.compile(group.pattern)
         except re.error as error:
             problems.append(f"optimizer.groups[{i}].pattern is {group.pattern!r}, no regular expression: {error}")
+    problems += _branch_contradictions(recipe)
     wide = recipe.model.embedding_dim
     problems += [
         f"model.prefix_dims holds {dim}; a prefix of the embedding has from 1 to {wide} numbers"
         for dim in recipe.model.prefix_dims
         if dim < 1 or (wide is not None and dim > wide)
     ]
-    if wide is None and (freezing.freeze == "encoder" or freezing.probe_ratio):
+    if wide is None and not recipe.model.num_task_layers and (freezing.freeze == "encoder" or freezing.probe_ratio):
         problems += [
             f"tasks.{name} trains the embedding alone, and the encoder is frozen; without model.embedding_dim nothing is left"
             for name, task in recipe.tasks.items()
             if not task.has_head
         ]
+    return problems
+
+
+def _branch_contradictions(recipe: Recipe) -> list[str]:
+    """Returns what does not go with a frozen encoder under a task branch."""
+    if not recipe.model.num_task_layers:
+        return []
+    layers, freezing = f"model.num_task_layers is {recipe.model.num_task_layers}", recipe.freezing
+    problems = [
+        f"tasks.{name} trains the embedding; {layers}, which freezes it"
+        for name, x in recipe.tasks.items()
+        if not x.has_head
+    ]
+    if freezing.freeze not in (None, "encoder") or freezing.first_layers:
+        problems.append(f"freezing.freeze is {freezing.freeze!r}; {layers}, which freezes the encoder whole: leave it out")
+    if recipe.losses.preserve_weight:
+        problems.append(f"losses.preserve_weight is {recipe.losses.preserve_weight}; {layers}: the embedding cannot move")
     return problems

@@ -1,16 +1,18 @@
-"""Sampling: which task each batch is of, and which of its examples are in it, planned whole before the run.
+"""Sampling: which data set each batch is of, and which of its examples are in it, planned whole before the run.
 
 The plan follows from the recipe, the data and the seed alone. So a run can be repeated and resumed, and several processes
 that read it in turn see every batch once.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from configuration_multitask import TOKEN
 from training.data import Example, make_batch, text_ids
 from training.recipe import SamplingRecipe, TaskRecipe
 
@@ -73,41 +75,79 @@ def task_order(counts: dict[str, int], once: dict[str, int], sampling: SamplingR
     return [rng.choices(names, probabilities(sizes, sampling, i / total))[0] for i in range(total)]
 
 
-class BatchPlan(Dataset):
-    """All batches of a run in their order; one item is a whole batch of one task.
+@dataclass
+class Stream:
+    """The examples of one data set, which train one head or several.
 
-    Args:
-        tasks: The recipe's tasks.
-        examples: Each task's examples.
-        sampling: The recipe's sampling.
-        pad_token_id: Fills up shorter rows.
-        seed: Decides on the order of tasks and rows.
+    Attributes:
+        tasks: The tasks that it has labels of, each on this data set alone (see `TaskRecipe.parts`).
+        examples: What `make_examples` gives, with `labels` by task.
+        rewrite: Returns an example in another form (see `REWRITES`), its labels of one task alone; None: not needed.
     """
 
-    def __init__(
-        self,
-        tasks: dict[str, TaskRecipe],
-        examples: dict[str, list[Example]],
-        sampling: SamplingRecipe,
-        pad_token_id: int,
-        seed: int,
-    ) -> None:
-        self.tasks, self.examples, self.pad_token_id = tasks, examples, pad_token_id
-        once = {name: ceil(len(examples[name]) / task.batch_size) for name, task in tasks.items()}
-        counts = {name: max(1, ceil(once[name] * task.epochs)) for name, task in tasks.items()}
-        streams = {
-            # Each task draws for itself: another task beside it does not change its batches.
+    tasks: dict[str, TaskRecipe]
+    examples: list[Example]
+    rewrite: Callable[[Example, str], Example] | None = None
+
+    @property
+    def first(self) -> TaskRecipe:
+        """The task whose batch size, epochs and rewrites apply."""
+        return next(iter(self.tasks.values()))
+
+    def add(self, name: str, task: TaskRecipe, labels: list[Any]) -> None:
+        """Adds one more task with its label of each example."""
+        self.tasks[name] = task
+        for example, label in zip(self.examples, labels, strict=True):
+            example["labels"][name] = label
+
+    def draw(self, row: int, rng: random.Random) -> Example:
+        """Returns an example as it is or, as often as `rewrites` says, in another form."""
+        example, shares = self.examples[row], self.first.rewrites
+        if self.rewrite is None or not shares:
+            return example
+        form = rng.choices([None, *shares], [1 - sum(shares.values()), *shares.values()])[0]
+        if form is None:
+            return example
+        other = self.rewrite(example, form)
+        if "tagged" in example:  # the words have changed, and with them the labels of tokens
+            words = {name: other["labels"] for name, task in self.tasks.items() if task.kind == TOKEN}
+            other["labels"] = {**example["labels"], **words}
+        return other
+
+
+class BatchPlan(Dataset):
+    """All batches of a run in their order; one item is a whole batch of one stream.
+
+    Args:
+        streams: The run's data sets, by name.
+        sampling: The recipe's sampling.
+        pad_token_id: Fills up shorter rows.
+        seed: Decides on the order of streams and rows, and on how texts are rewritten.
+    """
+
+    def __init__(self, streams: dict[str, Stream], sampling: SamplingRecipe, pad_token_id: int, seed: int) -> None:
+        self.streams, self.pad_token_id, self.seed = streams, pad_token_id, seed
+        once = {name: ceil(len(x.examples) / x.first.batch_size) for name, x in streams.items()}
+        counts = {name: max(1, ceil(once[name] * x.first.epochs)) for name, x in streams.items()}
+        batches = {
+            # Each stream draws for itself: another one beside it does not change its batches.
             name: passes(
-                [sum(map(len, text_ids(x))) for x in examples[name]], task.batch_size, random.Random(f"{seed} {name}")
+                [sum(map(len, text_ids(example))) for example in x.examples],
+                x.first.batch_size,
+                random.Random(f"{seed} {name}"),
             )
-            for name, task in tasks.items()
+            for name, x in streams.items()
         }
         order = task_order(counts, once, sampling, random.Random(seed))
-        self.batches = [(name, next(streams[name])) for name in order]
+        self.batches = [(name, next(batches[name])) for name in order]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, rows = self.batches[index]
-        return make_batch(name, self.tasks[name].kind, [self.examples[name][row] for row in rows], self.pad_token_id)
+        stream = self.streams[name]
+        rng = random.Random(f"{self.seed} {index}")
+        examples = [stream.draw(row, rng) for row in rows]
+        kinds = {task: x.kind for task, x in stream.tasks.items()}
+        return {"stream": name, **make_batch(kinds, examples, self.pad_token_id)}

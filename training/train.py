@@ -16,11 +16,14 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import (
@@ -37,11 +40,21 @@ from evaluation.evaluate import NEIGHBOURS, average, drift, embed, fingerprint, 
 from evaluation.plots import learning_curves
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-from training.data import DataError, Example, cut_texts, encode, load_task_split, make_examples, task_labels, text_ids
+from training.data import (
+    DataError,
+    Example,
+    cut_texts,
+    encode,
+    load_task_split,
+    make_examples,
+    rewritten,
+    task_labels,
+    text_ids,
+)
 from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_optimizer
-from training.objectives import Objective, class_weights, label_counts
-from training.recipe import GRADIENT_SURGERY, Recipe, RecipeError
-from training.sampler import BatchPlan
+from training.objectives import LossWeights, Objective, class_weights, label_counts
+from training.recipe import GRADIENT_SURGERY, Recipe, RecipeError, TaskRecipe
+from training.sampler import BatchPlan, Stream
 from training.trainer import COMPLETE, Clock, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
 
 REHEARSED_ROWS = 100  # of each validation split
@@ -49,35 +62,61 @@ DRIFT_TEXTS = 1000
 PROJECTION_TEXTS = 10_000  # so many texts are enough to find the principal axes of their vectors
 
 
-@dataclasses.dataclass
-class TaskData:
-    """What training knows of one task's data set."""
+def load_streams(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Stream], dict[str, list[str]], dict[str, Any]]:
+    """Returns the run's data sets by name, the label names of each task with a head, and what to note of each data set.
 
-    examples: list[Example]
-    labels: list[str]
-    facts: dict[str, Any]
+    Data sets that several tasks name alike become one stream, so that one pass over a text trains all their heads.
+
+    Raises:
+        DataError: A data set does not hold what the recipe says; the message lists all problems, with split, row and field.
+    """
+    streams: dict[str, Stream] = {}
+    labels: dict[str, list[str]] = {}
+    facts: dict[str, Any] = {}
+    problems = []
+    same: dict[str, str] = {}
+    for name, task in recipe.tasks.items():
+        for key, part in task.parts(name).items():
+            try:
+                names, examples, facts[key] = load_part(recipe, key, part, tokenizer)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if part.has_head:
+                labels[name] = names
+            place = json.dumps([part.dataset, part.text_columns, part.splits, part.limit, part.passage_rows])
+            stream = streams.setdefault(same.setdefault(place, key), Stream({}, [{**x, "labels": {}} for x in examples]))
+            stream.add(name, part, [x["labels"] for x in examples])
+            if part.rewrites:
+                stream.rewrite = partial(rewritten, labels=names, tokenizer=tokenizer)
+    if problems:
+        raise DataError("\n".join(problems))
+    return streams, labels, facts
 
 
-def load_task(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-    """Returns a task's training examples, its label names (none without a head), and what to note of them.
+def load_part(
+    recipe: Recipe, key: str, part: TaskRecipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[Example], dict[str, Any]]:
+    """Returns a task's label names (none without a head), its training examples from one data set, and what to note of it.
 
     Raises:
         ValueError: The data set does not hold what the recipe says; the message names split, row and field.
     """
-    task = recipe.tasks[name]
-    data = load_task_split(task, "train")
-    if task.limit is not None and task.limit < len(data):
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.run.seed))[: task.limit]
+    data = load_task_split(part, "train")
+    if part.limit is not None and part.limit < len(data):
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.run.seed))[: part.limit]
         data = data.select(sorted(chosen.tolist()))
-    labels = task_labels(task, data) if task.has_head else []
-    where = f"tasks.{name} ({task.dataset}, split {task.splits.get('train', 'train')})"
-    examples = make_examples(task, data, labels, tokenizer, where)
+    labels = task_labels(part, data) if part.has_head else []
+    where = f"tasks.{key} ({part.dataset}, split {part.splits.get('train', 'train')})"
+    examples = make_examples(part, data, labels, tokenizer, where)
     cut = cut_texts(examples, tokenizer.model_max_length)
     if cut:
         print(
             f"{where}: {cut:,} of {len(examples):,} examples fill all {tokenizer.model_max_length} tokens; no more is read."
         )
-    return TaskData(examples, labels, {"rows": len(data), "sha256": fingerprint(task, data), "cut": cut})
+    return labels, examples, {"rows": len(data), "sha256": fingerprint(part, data), "cut": cut}
 
 
 def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskModel, Any]:
@@ -88,11 +127,16 @@ def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskMo
         for name, task in recipe.tasks.items()
         if task.has_head
     }
-    fields = {name: value for name, value in encoder.config.to_dict().items() if name not in ("tasks", "architectures")}
-    options = {"pooling_mode": recipe.model.pooling_mode, "embedding_dim": recipe.model.embedding_dim, "tasks": specs}
-    model = MultiTaskModel(MultiTaskConfig(**{**fields, **options}))
+    own = ("tasks", "architectures", "num_task_layers")
+    fields = {name: value for name, value in encoder.config.to_dict().items() if name not in own}
+    options = {name: getattr(recipe.model, name) for name in ("pooling_mode", "embedding_dim", "num_task_layers")}
+    try:
+        model = MultiTaskModel(MultiTaskConfig(**{**fields, **options, "tasks": specs}))
+    except ValueError as error:
+        raise RecipeError(f"model: {error}") from error
     model.encoder.load_state_dict(encoder.state_dict())
-    for module in model.encoder.modules():
+    model.reset_branch()
+    for module in (*model.encoder.modules(), *(model.task_branch.modules() if model.task_branch else ())):
         if isinstance(module, torch.nn.Dropout) and recipe.model.encoder_dropout is not None:
             module.p = recipe.model.encoder_dropout  # not in the configuration: it is a matter of this run
     return model, encoder.eval()
@@ -104,7 +148,7 @@ def check_model(model: MultiTaskModel, recipe: Recipe) -> None:
         raise RecipeError(f"model.max_length is {recipe.model.max_length}; this encoder takes {model.max_length} tokens")
     width = recipe.model.embedding_dim or model.config.hidden_size
     if too_long := [dim for dim in recipe.model.prefix_dims if dim > width]:
-        raise RecipeError(f"model.prefix_dims holds {too_long}; the embedding has {width} numbers")
+        raise RecipeError(f"model.prefix_dims holds {too_long}; the embedding has {width} dimensions")
 
 
 def principal_components(vectors: Tensor, count: int) -> Tensor:
@@ -113,16 +157,28 @@ def principal_components(vectors: Tensor, count: int) -> Tensor:
     return axes[:count].contiguous()
 
 
-def start_projection(model: MultiTaskModel, encoder: Any, data: dict[str, TaskData], pad_token_id: int) -> None:
-    """Sets the projection to what loses least of the starting encoder's vectors of the training texts."""
-    rows = [ids for x in data.values() for example in x.examples for ids in text_ids(example)]
+def start_projection(model: MultiTaskModel, encoder: Any, recipe: Recipe, streams: dict[str, Stream], pad: int) -> None:
+    """Sets the projection to the recipe's, or to the principal components of the starting encoder's vectors.
+
+    Raises:
+        RecipeError: The recipe's file holds no projection of this shape.
+    """
+    if recipe.model.projection is not None:
+        try:
+            model.linear.load_state_dict({"weight": load_file(recipe.model.projection)["linear.weight"]})
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise RecipeError(
+                f"model.projection is {recipe.model.projection!r}, no file of this projection: {error}"
+            ) from error
+        return
+    rows = [ids for x in streams.values() for example in x.examples for ids in text_ids(example)]
     chosen = torch.randperm(len(rows))[:PROJECTION_TEXTS].tolist()
-    vectors = encode(encoder, [rows[i] for i in chosen], model.config.pooling_mode, pad_token_id)
+    vectors = encode(encoder, [rows[i] for i in chosen], model.config.pooling_mode, pad)
     axes = principal_components(vectors, model.config.embedding_dim)
-    model.linear.weight.data[: len(axes)] = axes  # there are fewer axes than numbers if there are fewer texts
+    model.linear.weight.data[: len(axes)] = axes  # there are fewer axes than dimensions if there are fewer texts
 
 
-def add_targets(data: dict[str, TaskData], recipe: Recipe, encoder: Any, pad_token_id: int) -> None:
+def add_targets(streams: dict[str, Stream], recipe: Recipe, encoder: Any, pad_token_id: int) -> None:
     """Stores with every example, as `target`, the teacher's vector of each of its texts.
 
     Raises:
@@ -130,7 +186,7 @@ def add_targets(data: dict[str, TaskData], recipe: Recipe, encoder: Any, pad_tok
     """
     losses, width = recipe.losses, encoder.config.hidden_size
     teacher = None if losses.teacher is None else SentenceTransformer(losses.teacher)
-    for name, x in data.items():
+    for name, x in streams.items():
         rows = [ids for example in x.examples for ids in text_ids(example)]
         if teacher is None:
             vectors = encode(encoder, rows, recipe.model.pooling_mode, pad_token_id, what=f"vectors to keep, {name}")
@@ -139,8 +195,8 @@ def add_targets(data: dict[str, TaskData], recipe: Recipe, encoder: Any, pad_tok
             vectors = torch.from_numpy(teacher.encode(texts, show_progress_bar=True))
         if losses.preserve_mode != "similarity" and vectors.shape[1] not in (width, recipe.model.embedding_dim):
             raise RecipeError(
-                f"losses.teacher has vectors of {vectors.shape[1]} numbers; preserve_mode {losses.preserve_mode!r} needs the encoder's "
-                f"{width} or model.embedding_dim. Use preserve_mode = 'similarity', which compares any widths."
+                f"losses.teacher has vectors of {vectors.shape[1]} dimensions; preserve_mode {losses.preserve_mode!r} needs the "
+                f"encoder's {width} or model.embedding_dim. Use preserve_mode = 'similarity', which compares any dimensions."
             )
         sides = len(text_ids(x.examples[0]))
         for example, target in zip(x.examples, vectors.view(-1, sides, vectors.shape[1]), strict=True):
@@ -151,16 +207,18 @@ def _texts(example: Example) -> list[str]:
     return [example["text"]] if isinstance(example["text"], str) else list(example["text"])
 
 
-def new_objective(recipe: Recipe, model: MultiTaskModel, data: dict[str, TaskData]) -> Objective:
+def new_objective(recipe: Recipe, model: MultiTaskModel, streams: dict[str, Stream]) -> Objective:
     """Returns the loss of the run's batches."""
     specs = model.config.task_specs
-    weights = {
-        name: class_weights(label_counts(spec, [x["labels"] for x in data[name].examples]), recipe.tasks[name].class_weights)
-        for name, spec in specs.items()
-        if recipe.tasks[name].class_weights != "none"  # which recipes refuse for regression
-    }
-    num_labels = {name: len(spec.labels) for name, spec in specs.items()}
-    return Objective(recipe.tasks, recipe.losses, weights, num_labels, recipe.model.prefix_dims)
+    weights = {}
+    for name, spec in specs.items():
+        if recipe.tasks[name].class_weights != "none":  # which recipes refuse for regression
+            given = [example["labels"][name] for x in streams.values() if name in x.tasks for example in x.examples]
+            weights[name] = class_weights(label_counts(spec, given), recipe.tasks[name].class_weights)
+    loss_weights = LossWeights(
+        recipe.tasks, recipe.losses.weighting, {name: len(spec.labels) for name, spec in specs.items()}
+    )
+    return Objective(streams, recipe.losses, loss_weights, weights, recipe.model.prefix_dims)
 
 
 def rehearse(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -172,7 +230,7 @@ def rehearse(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: 
         RecipeError: The run is to be evaluated, and there is nothing to do it on.
         ValueError: A validation split or a metric is not what the recipe says.
     """
-    for name, task in recipe.tasks.items():
+    for name, task in recipe.parts.items():
         if not has_split(task, "validation"):
             print(f"tasks.{name}: {task.dataset} has no validation split; it is not measured, and no part of the average.")
             continue
@@ -202,10 +260,10 @@ def validate(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: 
 def validation_texts(recipe: Recipe) -> list[str]:
     """Returns some distinct texts of the tasks' validation splits, on which the embedding's drift is measured."""
     texts: list[Any] = []
-    for task in recipe.tasks.values():
+    for task in recipe.parts.values():
         if has_split(task, "validation"):
             rows = recipe.run.validation_rows or DRIFT_TEXTS
-            texts += load_task_split(task, "validation")[task.text_columns[0]][: min(rows, DRIFT_TEXTS) // len(recipe.tasks)]
+            texts += load_task_split(task, "validation")[task.text_columns[0]][: min(rows, DRIFT_TEXTS) // len(recipe.parts)]
     return list(dict.fromkeys(" ".join(x) if isinstance(x, list) else x for x in texts))
 
 
@@ -222,25 +280,20 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         RecipeError: The recipe does not fit its encoder or its data.
         ValueError: A data set does not hold what the recipe says.
     """
-    data = {name: load_task(recipe, name, tokenizer) for name in recipe.tasks}
+    streams, labels, facts = load_streams(recipe, tokenizer)
     set_seed(recipe.run.seed)
-    model, encoder = new_model(recipe, {name: x.labels for name, x in data.items()})
+    model, encoder = new_model(recipe, labels)
     check_model(model, recipe)
-    batches = BatchPlan(
-        recipe.tasks,
-        {name: x.examples for name, x in data.items()},
-        recipe.sampling,
-        tokenizer.pad_token_id,
-        recipe.run.seed if recipe.sampling.seed is None else recipe.sampling.seed,
-    )
+    seed = recipe.run.seed if recipe.sampling.seed is None else recipe.sampling.seed
+    batches = BatchPlan(streams, recipe.sampling, tokenizer.pad_token_id, seed)
     args = training_arguments(output, recipe, len(batches) // recipe.sampling.tasks_per_step)
     encoder.to(args.device)
     if model.linear is not None:
-        start_projection(model, encoder, data, tokenizer.pad_token_id)
+        start_projection(model, encoder, recipe, streams, tokenizer.pad_token_id)
     if recipe.losses.preserve_weight:
-        add_targets(data, recipe, encoder, tokenizer.pad_token_id)
+        add_targets(streams, recipe, encoder, tokenizer.pad_token_id)
     freeze(model, recipe.freezing)
-    objective = new_objective(recipe, model, data)
+    objective = new_objective(recipe, model, streams)
     callbacks = [UnfreezeOnSchedule(model, recipe.freezing), Clock()]
     if recipe.run.patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.run.patience))
@@ -258,7 +311,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         evaluator=lambda: validate(model, tokenizer, recipe),
         surgery=weighting if weighting in GRADIENT_SURGERY else None,
     )
-    return trainer, {name: x.facts for name, x in data.items()}
+    return trainer, facts
 
 
 def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:

@@ -137,15 +137,15 @@ class MultiTaskTrainer(Trainer):
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value.item(), count + 1)
         if not torch.isfinite(losses["loss"]):
-            reason = f"the loss of {inputs['task']!r} is {losses['loss'].item()}"
+            reason = f"the loss of {inputs['stream']!r} is {losses['loss'].item()}"
             raise TrainingError(self._stopped(self.state.global_step + 1, reason))
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        task = inputs["task"]
+        stream = inputs["stream"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.surgery is not None:
-            self.surgery.collect(task)
+            self.surgery.collect(stream)
             if self.accelerator.sync_gradients:
                 self.surgery.combine()
         return loss
