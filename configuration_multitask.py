@@ -88,6 +88,7 @@ class TaskSpec:
             (`CASINGS`), which the head reads beside the token vectors; None: no casing features in this head.
         temperature: Positive number by which the logits are divided (Guo et al. 2017); 1 changes nothing.
         thresholds: Multi-label only: probability in [0, 1] from which each label counts as present; None: 0.5.
+        fallback: Multi-label only: the label to answer when none reaches its threshold; None: an empty list.
         loss_weight: Non-negative factor of this task's loss in the summed loss.
 
     Raises:
@@ -103,6 +104,7 @@ class TaskSpec:
     casing_dim: int | None = None
     temperature: float = 1.0
     thresholds: list[float] | None = None
+    fallback: str | None = None
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -175,6 +177,9 @@ class TaskSpec:
             self._require(self.problem_type in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
         if self.problem_type == PROBLEM_TYPES[0] or self.kind == TOKEN:
             self._require(len(self.labels) > 1, "labels", "at least two labels, since one of them is chosen")
+        several = self.problem_type == PROBLEM_TYPES[1]
+        allowed = f"null, or for {PROBLEM_TYPES[1]} one of the labels"
+        self._require(self.fallback is None or (several and self.fallback in self.labels), "fallback", allowed)
         if self.thresholds is not None:
             values = self.thresholds
             well_formed = isinstance(values, list) and all(is_number(x) and 0 <= x <= 1 for x in values)

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a server loads this file alone, by its path
-from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig
-from modeling_multitask import MultiTaskModel, WeightsError, check_weight_map
-from pipeline_multitask import MultiTaskPipeline, text_problem
+from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig, is_number
+from modeling_multitask import MultiTaskModel
+from pipeline_multitask import VECTORS, MultiTaskPipeline, text_problem
+from weights_multitask import WeightsError, load_release
 
 # One request must not keep the others waiting for long: on a single CPU core this many characters take some ten seconds,
 # or a minute where each is a token. The number of texts bounds the answer, in which an embedding takes about 6 kB.
@@ -35,7 +34,7 @@ MAX_CHARACTERS = 100_000
 MAX_TEXTS = 1000
 
 FIELDS = ("inputs", "parameters")
-PARAMETERS = ("tasks", "embedding")
+PARAMETERS = ("tasks", "embedding", "min_score")
 
 
 def load_model(folder: Path) -> MultiTaskModel:
@@ -46,18 +45,8 @@ def load_model(folder: Path) -> MultiTaskModel:
     """
     fields = json.loads((folder / "config.json").read_text("utf-8"))
     model = MultiTaskModel(MultiTaskConfig(**{**fields, "dtype": torch.float32}))
-    index = json.loads((folder / WEIGHTS_INDEX).read_text("utf-8"))
-    weights = {}
-    for file in sorted(set(check_weight_map(index, WEIGHTS_INDEX).values())):
-        try:
-            stored = load_file(folder / file)
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"{folder / file} is missing or broken ({error}). Fetch it again.") from error
-        for key, value in stored.items():
-            is_own = key.startswith(("linear.", "heads."))
-            weights[key if is_own else f"{model.base_model_prefix}.{key}"] = value
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(load_release(folder, WEIGHTS_INDEX, model.base_model_prefix))
     except RuntimeError as error:
         raise WeightsError(f"{folder} is not a whole model: {error}") from error
     return model
@@ -86,7 +75,7 @@ class EndpointHandler:
 
         Args:
             data: The request, see above. `tasks` names the heads to compute (default all), `embedding` says whether to
-                give the embedding (default true).
+                give the embedding (default true; "encoder": the encoder's own), `min_score` from which score on to answer.
 
         Raises:
             ValueError: The request as a whole is not allowed; the message names the field and what is.
@@ -114,10 +103,12 @@ class EndpointHandler:
         names, known = [tasks] if isinstance(tasks, str) else tasks, list(self.pipeline.model.config.tasks)
         if names is not None and not (isinstance(names, list) and all(name in known for name in names)):
             raise ValueError(f"parameters.tasks is {_short(tasks)}; allowed: a list of names from {known}.")
-        if not isinstance(embedding, bool):
-            raise ValueError(f"parameters.embedding is {_short(embedding)}; allowed: true or false.")
-        # Without repeats: each would be computed.
-        return {"tasks": None if names is None else list(dict.fromkeys(names)), "embedding": embedding}
+        if not (isinstance(embedding, bool) or embedding == "encoder"):
+            raise ValueError(f'parameters.embedding is {_short(embedding)}; allowed: true, false or "encoder".')
+        least = parameters.get("min_score", 0)
+        if not (is_number(least) and 0 <= least <= 1):
+            raise ValueError(f"parameters.min_score is {_short(least)}; allowed: a number in [0, 1].")
+        return {"tasks": names, "embedding": embedding, "min_score": least}
 
 
 def _refuse_unknown(where: str, fields: dict[str, Any], known: tuple[str, ...]) -> None:
@@ -153,6 +144,4 @@ def _short(value: Any) -> str:
 
 
 def _json_record(record: dict[str, Any]) -> dict[str, Any]:
-    if "sentence_embedding" in record:
-        record["sentence_embedding"] = record["sentence_embedding"].tolist()
-    return record
+    return {name: value.tolist() if name in VECTORS.values() else value for name, value in record.items()}

@@ -1,11 +1,11 @@
 """Texts in, records out: the one place that cuts texts into windows, runs the model and decodes its answers.
 
-`pipeline("multitask", model=repo, trust_remote_code=True)` makes a `MultiTaskPipeline`. The command line and whatever
-else serves the model call it. Axes: W words, C labels, E embedding.
+`pipeline("multitask", model=repo, trust_remote_code=True)` makes a `MultiTaskPipeline`, which calls an `Annotator`. So do
+the command line and whatever else serves the model. Axes: W words, C labels, E embedding.
 """
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ from transformers.utils import cached_file
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
-        from .configuration_multitask import CASINGS
+        from .configuration_multitask import CASINGS, is_number
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import CASINGS
+    from configuration_multitask import CASINGS, is_number
 
 Span = tuple[int, int]
 Record = dict[str, Any]
@@ -35,6 +35,21 @@ MOST_MARKS = 30
 # Where `python -m release.onnx` writes the model, by the name of the backend that runs it.
 ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_quantized.onnx"}
 BACKENDS = ("torch", *ONNX_FILES)
+# Which of the model's outputs a record holds, by the option `embedding`.
+VECTORS: dict[bool | str, str | None] = {True: "sentence_embedding", False: None, "encoder": "encoder_embedding"}
+# Ekman's six basic emotions and neutral, as the authors of GoEmotions group their 28 labels (Demszky et al. 2020).
+EKMAN = {
+    "anger": ("anger", "annoyance", "disapproval"),
+    "disgust": ("disgust",),
+    "fear": ("fear", "nervousness"),
+    "joy": (
+        "joy", "amusement", "approval", "excitement", "gratitude", "love", "optimism", "relief", "pride", "admiration",
+        "desire", "caring",
+    ),
+    "sadness": ("sadness", "disappointment", "embarrassment", "grief", "remorse"),
+    "surprise": ("surprise", "realization", "confusion", "curiosity"),
+    "neutral": ("neutral",),
+}  # fmt: skip
 
 
 def text_problem(value: object) -> str | None:
@@ -240,11 +255,146 @@ class OnnxModel:
         self.inputs = {node.name for node in self.session.get_inputs()}
         self.inputs |= {node.name for node in self.session.get_overridable_initializers()}
 
-    def __call__(self, inputs: dict[str, np.ndarray], tasks: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns embeddings, float32 [B, E], and the logits of each task."""
+    def __call__(
+        self, inputs: dict[str, np.ndarray], tasks: list[str], vector: str | None
+    ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+        """Returns the vectors named `vector`, float32 [B, E], and the logits of each task."""
         given = {name: value for name, value in inputs.items() if name in self.inputs}
-        found = self.session.run(["sentence_embedding", *(f"logits.{name}" for name in tasks)], given)
-        return found[0], dict(zip(tasks, found[1:], strict=True))
+        names = [*([] if vector is None else [vector]), *(f"logits.{name}" for name in tasks)]
+        found = self.session.run(names, given)
+        vectors = None if vector is None else found.pop(0)
+        return vectors, dict(zip(tasks, found, strict=True))
+
+
+class Annotator:
+    """Turns texts into records with a model and its tokenizer: windows, batches, decoding. See `MultiTaskPipeline`.
+
+    Args:
+        model: A `MultiTaskModel`, which is put into evaluation mode.
+        tokenizer: Its fast tokenizer.
+        device: Where the model is.
+        backend: One of `BACKENDS`.
+
+    Attributes:
+        tokens_seen: How many tokens of text have been read.
+
+    Raises:
+        ValueError: The tokenizer is slow, or does not fit the model's vocabulary.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device, backend: str = "torch") -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"The multitask pipeline needs a fast tokenizer, and got {type(tokenizer).__name__}.")
+        size, rows = len(tokenizer), model.config.vocab_size
+        # Encoders may pad their table, but never to twice the vocabulary: that is a tokenizer without its files.
+        if not rows // 2 <= size <= rows:
+            raise ValueError(
+                f"The tokenizer has {size} tokens and the encoder's vocab_size is {rows}: it is not this model's tokenizer, or "
+                "tokenizer.json is missing from the model's folder. Fetch the folder again."
+            )
+        self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
+        self.tokens_seen = 0
+        self._run = self._run_torch if backend == "torch" else OnnxModel(model, backend)
+
+    @property
+    def batch_tokens(self) -> int:
+        """The usual token budget of a batch on this device."""
+        return CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+
+    def stream(
+        self,
+        texts: Iterable[str],
+        tasks: list[str] | None = None,
+        embedding: bool | str = True,
+        batch_tokens: int | None = None,
+        min_score: float = 0.0,
+    ) -> Iterator[Record]:
+        """Yields a record for each text; the options are those of `MultiTaskPipeline`, already checked."""
+        names = list(self.model.config.tasks) if tasks is None else tasks
+        for chunk in text_chunks(texts):
+            windows = self.windows(chunk, names)
+            for batch in length_batches(windows, batch_tokens or self.batch_tokens):
+                self.run(batch, names, VECTORS[embedding])
+            yield from self.records(chunk, windows, names, VECTORS[embedding], min_score)
+
+    def windows(self, texts: list[str], tasks: list[str]) -> list[Window]:
+        """Returns the windows of all texts, in their order."""
+        limits = [self.tokenizer.model_max_length, self.model.max_length]
+        length = min(limit for limit in limits if limit is not None)
+        encoded = self.tokenizer(
+            texts, truncation=True, max_length=length, stride=length // 4, return_overflowing_tokens=True
+        )
+        sources = encoded["overflow_to_sample_mapping"]
+        config = self.model.config
+        needs_words = bool(tasks) and (
+            config.num_task_layers > 0 or any(config.tasks[name]["kind"] == "token_classification" for name in tasks)
+        )
+        windows = []
+        for i, (source, encoding) in enumerate(zip(sources, encoded.encodings, strict=True)):
+            windows.append(Window(source, encoding.ids))
+            if needs_words:
+                is_first = i == 0 or sources[i - 1] != source
+                is_last = i + 1 == len(sources) or sources[i + 1] != source
+                find_words(windows[-1], texts[source], encoding, is_first, is_last)
+        return windows
+
+    def run(self, windows: list[Window], tasks: list[str], vector: str | None = None) -> None:
+        """Runs the model once over a batch of windows and stores in each what it says.
+
+        Args:
+            windows: A batch.
+            tasks: The heads to compute.
+            vector: Which output to keep as the windows' `embedding`: one of the values of `VECTORS`.
+        """
+        inputs = pad_windows(windows, self.tokenizer.pad_token_id or 0)
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        vectors, logits = self._run(inputs, tasks, vector)
+        for row, window in enumerate(windows):
+            if vectors is not None:
+                window.embedding = vectors[row].copy()
+            first_tokens = [token for token, _ in window.words]
+            for name, values in logits.items():
+                window.logits[name] = values[row, first_tokens] if values.ndim == 3 else values[row].copy()
+
+    @torch.inference_mode()
+    def _run_torch(
+        self, inputs: dict[str, np.ndarray], tasks: list[str], vector: str | None
+    ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+        """Returns the vectors named `vector`, float32 [B, E], and the logits of each task."""
+        tensors = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
+        out = self.model(**tensors, tasks=tasks, output_embedding=vector is not None)
+        logits = {name: value.float().cpu().numpy() for name, value in out.logits.items()}
+        if vector is None:
+            return None, logits
+        vectors = out[vector]
+        if vectors.dtype != torch.float32:
+            vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)  # exactly unit length again
+        return vectors.cpu().numpy(), logits
+
+    def records(
+        self, texts: list[str], windows: list[Window], tasks: list[str], vector: str | None, min_score: float = 0.0
+    ) -> list[Record]:
+        """Returns one record per text from its windows, all of which `run` has seen."""
+        by_text: list[list[Window]] = [[] for _ in texts]
+        for window in windows:
+            by_text[window.text].append(window)
+        specs = self.model.config.task_specs
+        records: list[Record] = [{} for _ in texts]
+        found: list[Any]
+        if vector is not None:
+            for record, group in zip(records, by_text, strict=True):
+                mean = mean_over_windows(group, [window.embedding for window in group])
+                record[vector] = mean if len(group) == 1 else mean / max(np.linalg.norm(mean), 1e-12)
+        for name in tasks:
+            if specs[name].kind == "token_classification":
+                found = _word_answers(specs[name], name, texts, by_text, min_score)
+            else:
+                means = [mean_over_windows(group, [window.logits[name] for window in group]) for group in by_text]
+                found = [text_answer(specs[name], logits, min_score) for logits in means]
+            part = "entities" if specs[name].kind == "token_classification" else "labels"
+            for record, answer in zip(records, found, strict=True):
+                record.setdefault(part, {})[name] = answer
+        return records
 
 
 class MultiTaskPipeline(Pipeline):
@@ -252,7 +402,8 @@ class MultiTaskPipeline(Pipeline):
 
     A record holds, for the tasks asked for:
 
-    - `"sentence_embedding"`: float32 [E], unit length, unless `embedding=False`;
+    - `"sentence_embedding"`: float32 [E], unit length, unless `embedding=False`; with `embedding="encoder"` in its place
+      `"encoder_embedding"`, float32 [H], the encoder's own vector before the projection;
     - `"labels"`: maps each sequence task to `{"label", "score", "scores"}`; a multi-label task to `{"labels", "scores"}`;
       a regression task to `{"values"}`;
     - `"entities"`: maps each token task to a list of `{"entity_group", "score", "word", "start", "end"}` in the order
@@ -265,9 +416,6 @@ class MultiTaskPipeline(Pipeline):
     Args:
         backend: What runs the model: "torch", or an export that `python -m release.onnx` has written, as it is ("onnx") or
             in 8-bit integers ("onnx-int8").
-
-    Attributes:
-        tokens_seen: How many tokens of text this pipeline has read.
     """
 
     _load_tokenizer = True
@@ -285,34 +433,35 @@ class MultiTaskPipeline(Pipeline):
                 f"The multitask pipeline needs a MultiTaskModel, and got a {type(self.model).__name__}. Load the model "
                 "with AutoModel.from_pretrained(..., trust_remote_code=True) to see why it did not load."
             )
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise ValueError(f"The multitask pipeline needs a fast tokenizer, and got {type(self.tokenizer).__name__}.")
         if self._batch_size is not None:
             raise ValueError(f"batch_size is {self._batch_size}, and has no meaning here; use batch_tokens.")
-        self.model.eval()
-        self.tokens_seen = 0
-        self._run = self._run_torch if backend == "torch" else OnnxModel(self.model, backend)
+        self.annotator = Annotator(self.model, self.tokenizer, self.device, backend)
 
     def _sanitize_parameters(
         self,
         tasks: Iterable[str] | None = None,
-        embedding: bool | None = None,
+        embedding: bool | str | None = None,
         batch_tokens: int | None = None,
+        min_score: float | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise ValueError(
-                f"unknown options {sorted(unknown)}; the multitask pipeline takes tasks, embedding and batch_tokens (tokens "
-                "in one batch, where other pipelines have batch_size). It reads long texts whole, so it does not truncate."
+                f"unknown options {sorted(unknown)}; the multitask pipeline takes tasks, embedding, min_score and batch_tokens "
+                "(tokens in one batch, where other pipelines have batch_size). It reads long texts whole and never truncates."
             )
         if tasks is not None:
-            tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+            tasks = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
             if missing := [name for name in tasks if name not in self.model.config.tasks]:
                 known = ", ".join(self.model.config.tasks) or "none"
                 raise ValueError(f"tasks holds {missing}; this model's tasks are: {known}.")
-        if batch_tokens is not None and (not isinstance(batch_tokens, int) or batch_tokens < 1):
+        if embedding is not None and not (isinstance(embedding, bool) or embedding == "encoder"):
+            raise ValueError(f"embedding is {embedding!r}; allowed: true, false or 'encoder'.")
+        if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
             raise ValueError(f"batch_tokens is {batch_tokens!r}; allowed: a positive integer.")
-        given = {"tasks": tasks, "embedding": embedding, "batch_tokens": batch_tokens}
+        if min_score is not None and not (is_number(min_score) and 0 <= min_score <= 1):
+            raise ValueError(f"min_score is {min_score!r}; allowed: a number in [0, 1].")
+        given = {"tasks": tasks, "embedding": embedding, "batch_tokens": batch_tokens, "min_score": min_score}
         return {}, {name: value for name, value in given.items() if value is not None}, {}
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
@@ -321,14 +470,15 @@ class MultiTaskPipeline(Pipeline):
         Args:
             inputs: A str, or an iterable of them.
             **options: `tasks` (names of the tasks to compute; default all), `embedding` (whether to give the
-                embedding; default True), `batch_tokens` (tokens in one batch, padding included).
+                embedding, or "encoder" for the encoder's own; default True), `min_score` (answers below it become None, and
+                entities below it are left out; in [0, 1], default 0), `batch_tokens` (tokens in one batch, padding included).
 
         Raises:
             ValueError: An option or an item is not allowed; the message names it, and its index for an item.
         """
         options = {**self._forward_params, **self._sanitize_parameters(**options)[1]}
         if isinstance(inputs, str):
-            return next(self._records([inputs], **options))
+            return next(self.annotator.stream([inputs], **options))
         if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__") and not isinstance(inputs, Iterable):
             inputs = map(inputs.__getitem__, range(len(inputs)))  # transformers' KeyDataset, for instance
         if isinstance(inputs, bytes | dict) or not isinstance(inputs, Iterable):
@@ -336,87 +486,18 @@ class MultiTaskPipeline(Pipeline):
         if isinstance(inputs, list | tuple):
             for index, text in enumerate(inputs):
                 _check_text(index, text)
-            return list(self._records(inputs, **options))
-        return self._records(inputs, **options)
+            return list(self.annotator.stream(inputs, **options))
+        return self.annotator.stream(inputs, **options)
 
-    def _records(
-        self,
-        texts: Iterable[str],
-        tasks: list[str] | None = None,
-        embedding: bool = True,
-        batch_tokens: int | None = None,
-    ) -> Iterator[Record]:
-        names = list(self.model.config.tasks) if tasks is None else tasks
-        batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS)
-        for chunk in text_chunks(texts):
-            windows = self.preprocess(chunk, tasks=names)
-            for batch in length_batches(windows, batch_tokens):
-                self._forward(batch, tasks=names)
-            yield from self.postprocess(chunk, windows, tasks=names, embedding=embedding)
+    # The base class asks for these; `__call__` goes by the annotator.
+    def preprocess(self, input_: Any, **parameters: Any) -> Any:
+        return self.annotator.windows(input_, **parameters)
 
-    def preprocess(self, texts: list[str], tasks: list[str]) -> list[Window]:
-        """Returns the windows of all texts, in their order."""
-        limits = [self.tokenizer.model_max_length, self.model.max_length]
-        length = min(limit for limit in limits if limit is not None)
-        encoded = self.tokenizer(
-            texts, truncation=True, max_length=length, stride=length // 4, return_overflowing_tokens=True
-        )
-        sources = encoded["overflow_to_sample_mapping"]
-        needs_words = any(self.model.config.tasks[name]["kind"] == "token_classification" for name in tasks)
-        windows = []
-        for i, (source, encoding) in enumerate(zip(sources, encoded.encodings, strict=True)):
-            windows.append(Window(source, encoding.ids))
-            if needs_words:
-                is_first = i == 0 or sources[i - 1] != source
-                is_last = i + 1 == len(sources) or sources[i + 1] != source
-                find_words(windows[-1], texts[source], encoding, is_first, is_last)
-        return windows
+    def _forward(self, input_tensors: Any, **parameters: Any) -> Any:
+        return self.annotator.run(input_tensors, **parameters)
 
-    def _forward(self, windows: list[Window], tasks: list[str]) -> None:
-        """Runs the model once over a batch of windows and stores in each what it says."""
-        inputs = pad_windows(windows, self.tokenizer.pad_token_id or 0)
-        self.tokens_seen += int(inputs["attention_mask"].sum())
-        embeddings, logits = self._run(inputs, tasks)
-        for row, window in enumerate(windows):
-            window.embedding = embeddings[row].copy()
-            first_tokens = [token for token, _ in window.words]
-            for name, values in logits.items():
-                window.logits[name] = values[row, first_tokens] if values.ndim == 3 else values[row].copy()
-
-    @torch.inference_mode()
-    def _run_torch(self, inputs: dict[str, np.ndarray], tasks: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns embeddings, float32 [B, E], and the logits of each task."""
-        tensors = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
-        out = self.model(**tensors, tasks=tasks)
-        vectors = out.sentence_embedding
-        if vectors.dtype != torch.float32:
-            vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)  # exactly unit length again
-        return vectors.cpu().numpy(), {name: value.float().cpu().numpy() for name, value in out.logits.items()}
-
-    def postprocess(self, texts: list[str], windows: list[Window], tasks: list[str], embedding: bool) -> list[Record]:
-        """Returns one record per text from its windows."""
-        by_text: list[list[Window]] = [[] for _ in texts]
-        for window in windows:
-            by_text[window.text].append(window)
-        specs = self.model.config.task_specs
-        records: list[Record] = [{} for _ in texts]
-        found: list[Any]
-        if embedding:
-            for record, group in zip(records, by_text, strict=True):
-                mean = mean_over_windows(group, [window.embedding for window in group])
-                record["sentence_embedding"] = mean if len(group) == 1 else mean / max(np.linalg.norm(mean), 1e-12)
-        for name in tasks:
-            if specs[name].kind == "token_classification":
-                found = _word_answers(specs[name], name, texts, by_text)
-            else:
-                found = [
-                    _text_answer(specs[name], mean_over_windows(group, [window.logits[name] for window in group]))
-                    for group in by_text
-                ]
-            part = "entities" if specs[name].kind == "token_classification" else "labels"
-            for record, answer in zip(records, found, strict=True):
-                record.setdefault(part, {})[name] = answer
-        return records
+    def postprocess(self, model_outputs: Any, **parameters: Any) -> Any:
+        return self.annotator.records(*model_outputs, **parameters)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the model, the tokenizer and the code of both model and pipeline."""
@@ -477,26 +558,48 @@ def mean_over_windows(windows: list[Window], values: list[np.ndarray]) -> np.nda
     return np.average(values, axis=0, weights=[len(window.input_ids) for window in windows]).astype(np.float32)
 
 
-def _text_answer(spec: Any, logits: np.ndarray) -> Record:
-    """Returns the answer of a sequence task from its logits, float [C]."""
+def text_answer(spec: Any, logits: np.ndarray, min_score: float = 0.0) -> Record:
+    """Returns the answer of a sequence task from its logits, float [C]; None in place of an answer below `min_score`."""
     if spec.problem_type == "regression":
         return {"values": dict(zip(spec.labels, logits.tolist(), strict=True))}
     if spec.problem_type == "multi_label_classification":
         scores = 1 / (1 + np.exp(-logits))
-        limits = spec.thresholds or [0.5] * len(spec.labels)
-        present = [label for label, score, limit in zip(spec.labels, scores, limits, strict=True) if score >= limit]
+        limits = np.maximum(spec.thresholds or [0.5] * len(spec.labels), min_score)
+        present: list[str] | None = [
+            x for x, score, limit in zip(spec.labels, scores, limits, strict=True) if score >= limit
+        ]
+        if not present:
+            present = None if min_score else [] if spec.fallback is None else [spec.fallback]
         return {"labels": present, "scores": dict(zip(spec.labels, scores.tolist(), strict=True))}
     scores = _softmax(logits)
     best = int(scores.argmax())
     return {
-        "label": spec.labels[best],
+        "label": spec.labels[best] if scores[best] >= min_score else None,
         "score": float(scores[best]),
         "scores": dict(zip(spec.labels, scores.tolist(), strict=True)),
     }
 
 
-def _word_answers(spec: Any, name: str, texts: list[str], by_text: list[list[Window]]) -> list[list[Record]]:
-    """Returns each text's entities (or, without a BIO scheme, its words) for one token task."""
+def group_scores(scores: dict[str, float], groups: Mapping[str, Iterable[str]] = EKMAN) -> dict[str, float]:
+    """Returns a score in [0, 1] for each group of labels: the greatest of its labels' scores.
+
+    Args:
+        scores: A multi-label answer's `scores`.
+        groups: Maps each group to its labels, by default Ekman's six emotions and neutral to GoEmotions' 28.
+
+    Raises:
+        ValueError: A group names a label that has no score.
+    """
+    unknown = {label for labels in groups.values() for label in labels} - set(scores)
+    if unknown:
+        raise ValueError(f"groups name {sorted(unknown)}; the scores are of {', '.join(scores)}.")
+    return {group: max(scores[label] for label in labels) for group, labels in groups.items()}
+
+
+def _word_answers(
+    spec: Any, name: str, texts: list[str], by_text: list[list[Window]], min_score: float
+) -> list[list[Record]]:
+    """Returns each text's entities (or, without a BIO scheme, its words) of at least `min_score` for one token task."""
     merged = [merge_words(name, windows) for windows in by_text]
     counts = [len(spans) for spans, _ in merged]
     bounds = np.concatenate([[0], np.cumsum(counts)]).astype(int)
@@ -515,7 +618,8 @@ def _word_answers(spec: Any, name: str, texts: list[str], by_text: list[list[Win
             found = [(word, word + 1, spec.labels[label]) for word, label in enumerate(labels)]
         else:
             found = scheme.entities(labels)
-        answers.append([_entity(text, spans, certainty, *entity) for entity in found])
+        entities = [_entity(text, spans, certainty, *entity) for entity in found]
+        answers.append([entity for entity in entities if entity["score"] >= min_score])
     return answers
 
 
@@ -535,4 +639,6 @@ def merge_words(name: str, windows: list[Window]) -> tuple[list[Span], np.ndarra
             if span[0] not in best or context > best[span[0]][0]:
                 best[span[0]] = (context, span, logits)
     chosen = [best[start] for start in sorted(best)]
-    return [span for _, span, _ in chosen], np.array([logits for _, _, logits in chosen])
+    classes = windows[0].logits[name].shape[1]
+    logits = np.array([logits for _, _, logits in chosen]).reshape(len(chosen), classes)  # of no words, [0, C]
+    return [span for _, span, _ in chosen], logits

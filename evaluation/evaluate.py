@@ -49,8 +49,6 @@ from evaluation.metrics import (
 from evaluation.plots import confusion_matrix, reliability_diagram
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import (
-    CPU_BATCH_TOKENS,
-    GPU_BATCH_TOKENS,
     Record,
     Span,
     length_batches,
@@ -259,16 +257,15 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
 
     For a token task these are the spans of the text's words and float [words, C]; otherwise no spans and float [C].
     """
-    is_token = pipe.model.config.task_specs[name].kind == TOKEN
+    is_token, annotator = pipe.model.config.task_specs[name].kind == TOKEN, pipe.annotator
     for chunk in text_chunks(texts):
-        windows = pipe.preprocess(chunk, tasks=[name])
-        for batch in length_batches(windows, CPU_BATCH_TOKENS if pipe.device.type == "cpu" else GPU_BATCH_TOKENS):
-            pipe._forward(batch, tasks=[name])
+        windows = annotator.windows(chunk, [name])
+        for batch in length_batches(windows, annotator.batch_tokens):
+            annotator.run(batch, [name])
         by_text: list[list[Any]] = [[] for _ in chunk]
         for window in windows:
             by_text[window.text].append(window)
-        records = pipe.postprocess(chunk, windows, tasks=[name], embedding=False)
-        for record, group in zip(records, by_text, strict=True):
+        for record, group in zip(annotator.records(chunk, windows, [name], None), by_text, strict=True):
             if is_token:
                 yield record, *merge_words(name, group)
             else:
