@@ -286,8 +286,8 @@ class Annotator:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"The multitask pipeline needs a fast tokenizer, and got {type(tokenizer).__name__}.")
         size, rows = len(tokenizer), model.config.vocab_size
-        # Encoders may pad their table, but never to twice the vocabulary: that is a tokenizer without its files.
-        if not rows // 2 <= size <= rows:
+        # Encoders may pad their table, but not to four times the vocabulary: that is a tokenizer without its files.
+        if not rows // 4 <= size <= rows:
             raise ValueError(
                 f"The tokenizer has {size} tokens and the encoder's vocab_size is {rows}: it is not this model's tokenizer, or "
                 "tokenizer.json is missing from the model's folder. Fetch the folder again."

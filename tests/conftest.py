@@ -36,11 +36,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "hidden_dim": 16,
         "thresholds": [0.5, 0.4],
     },
-    "rating": {"kind": "sequence_classification", "labels": ["stars"], "problem_type": "regression", "layer_mix": True},
+    "rating": {"kind": "sequence_classification", "labels": ["stars"], "problem_type": "regression"},
     "ner": {
         "kind": "token_classification",
         "labels": ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"],
-        "layer_mix": True,
         "temperature": 0.5,
     },
     "pos": {"kind": "token_classification", "labels": ["NOUN", "VERB", "OTHER"]},
@@ -107,19 +106,28 @@ def tiny_tokenizer(family: str = "wordpiece") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=WINDOW, **names)
 
 
-def write_release(folder: Path, model_type: str = "bert", **fields: Any) -> Path:
-    """Writes a release of a tiny model to a new folder under `folder` and returns it."""
+def write_checkpoint(folder: Path, model_type: str = "bert", **fields: Any) -> tuple[Path, Path]:
+    """Writes a tiny model with its tokenizer, and its encoder alone, to new folders under `folder`; returns both."""
     families = {"bert": "wordpiece", "distilbert": "wordpiece", "xlm-roberta": "unigram"}
-    checkpoint, release = folder / "checkpoint", folder / "release"
-    tiny_model(model_type, **fields).save_pretrained(checkpoint)
-    tiny_tokenizer(families.get(model_type, "bytes")).save_pretrained(checkpoint)
-    export(checkpoint, release, dtype=torch.float32)
-    return release
+    checkpoint, encoder = folder / "checkpoint", folder / "encoder"
+    model = tiny_model(model_type, **fields)
+    model.save_pretrained(checkpoint)
+    model.encoder.save_pretrained(encoder)
+    for place in (checkpoint, encoder):
+        tiny_tokenizer(families.get(model_type, "bytes")).save_pretrained(place)
+    return checkpoint, encoder
+
+
+def write_release(folder: Path, model_type: str = "bert", num_task_layers: int = 1, **fields: Any) -> Path:
+    """Writes a release of a tiny model, by default with a task branch, to a new folder under `folder` and returns it."""
+    checkpoint, encoder = write_checkpoint(folder, model_type, num_task_layers=num_task_layers, **fields)
+    export(checkpoint, folder / "release", encoder if num_task_layers else None, dtype=torch.float32)
+    return folder / "release"
 
 
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release folder of a tiny BERT with a head of every kind."""
+    """A release folder of a tiny BERT with a task branch and a head of every kind."""
     return write_release(tmp_path_factory.mktemp("tiny"))
 
 

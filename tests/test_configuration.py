@@ -26,9 +26,7 @@ def specs(draw: st.DrawFn) -> dict:
         "temperature": draw(numbers),
         "loss_weight": draw(numbers),
     }
-    spec |= draw(st.fixed_dictionaries({}, optional={"hidden_dim": st.integers(1, 64), "layer_mix": st.booleans()}))
-    if spec["kind"] == KINDS[1] and "hidden_dim" in spec:
-        spec["kernel_size"] = draw(st.sampled_from([1, 3, 5]))
+    spec |= draw(st.fixed_dictionaries({}, optional={"hidden_dim": st.integers(1, 64)}))
     if spec["kind"] == KINDS[0]:
         spec["problem_type"] = draw(st.sampled_from(PROBLEM_TYPES))
         if spec["problem_type"] == PROBLEM_TYPES[1]:
@@ -40,10 +38,12 @@ def specs(draw: st.DrawFn) -> dict:
     tasks=st.dictionaries(names, specs(), max_size=4),
     pooling_mode=st.sampled_from(POOLING_MODES),
     embedding_dim=st.none() | st.integers(1, 512),
+    layers=st.integers(0, 2),
     model_type=st.sampled_from(ENCODERS),
 )
-def test_any_allowed_configuration_survives_json(tasks, pooling_mode, embedding_dim, model_type):
-    config = tiny_config(model_type, tasks=tasks, pooling_mode=pooling_mode, embedding_dim=embedding_dim)
+def test_any_allowed_configuration_survives_json(tasks, pooling_mode, embedding_dim, layers, model_type):
+    fields = {"pooling_mode": pooling_mode, "embedding_dim": embedding_dim, "num_task_layers": layers}
+    config = tiny_config(model_type, tasks=tasks, **fields)
     again = MultiTaskConfig(**json.loads(config.to_json_string()))
     assert again.to_dict() == config.to_dict()
     assert list(again.tasks) == list(tasks), "the order of tasks says which one is the default"
@@ -110,21 +110,23 @@ TEXT = {"kind": "sequence_classification", "labels": ["a", "b"]}
         ({"tasks": {"a": {**NER, "labels": ["B-X", "I-X"]}}}, "tasks.a.labels .* 'O' among them"),
         ({"tasks": {"a": {**TEXT, "classifier_dropout": 1.0}}}, r"tasks.a.classifier_dropout is 1.0; allowed: a number in"),
         ({"tasks": {"a": {**TEXT, "hidden_dim": 1.5}}}, "tasks.a.hidden_dim is 1.5"),
-        ({"tasks": {"a": {**NER, "hidden_dim": 8, "kernel_size": 4}}}, "tasks.a.kernel_size is 4; allowed: an odd positive"),
-        ({"tasks": {"a": {**NER, "hidden_dim": 8, "kernel_size": True}}}, "tasks.a.kernel_size is True; allowed: an odd"),
-        ({"tasks": {"a": {**NER, "kernel_size": 3}}}, "tasks.a.kernel_size is 3; allowed: 1, or for a token_classification"),
-        (
-            {"tasks": {"a": {**TEXT, "hidden_dim": 8, "kernel_size": 3}}},
-            "tasks.a.kernel_size is 3; allowed: 1, or for a token",
-        ),
-        ({"tasks": {"a": {**NER, "casing_dim": 0}}}, "tasks.a.casing_dim is 0; allowed: a positive integer or null"),
+        ({"tasks": {"a": {**NER, "casing_dim": 0}}}, "tasks.a.casing_dim is 0; allowed: null or an integer from 1 to 65536"),
         ({"tasks": {"a": {**TEXT, "casing_dim": 8}}}, "tasks.a.casing_dim is 8; allowed: null for a sequence"),
         (
             {"tasks": {"a": {**TEXT, "pooling_mode": "sum"}}},
             "tasks.a.pooling_mode is 'sum'; allowed: null, or for a text cls",
         ),
         ({"tasks": {"a": {**NER, "pooling_mode": "cls"}}}, "tasks.a.pooling_mode is 'cls'"),
-        ({"tasks": {"a": {**TEXT, "layer_mix": 1}}}, "tasks.a.layer_mix is 1; allowed: true or false"),
+        (
+            {"tasks": {"a": {**TEXT, "hidden_dim": 10**9}}},
+            "tasks.a.hidden_dim is 1000000000; allowed: null or an integer from 1",
+        ),
+        ({"tasks": {"a": {**TEXT, "fallback": "a"}}}, "tasks.a.fallback is 'a'; allowed: null, or for multi_label"),
+        ({"embedding_dim": 10**9}, "embedding_dim is 1000000000; allowed: an integer from 1 to 65536"),
+        ({"num_task_layers": -1}, r"num_task_layers is -1; allowed: an integer from 0 \(no task branch\) to 2"),
+        ({"num_task_layers": True}, "num_task_layers is True; allowed: an integer from 0"),
+        ({"num_task_layers": 3}, "num_task_layers is 3; allowed: an integer from 0 .* to 2, the number of the encoder's"),
+        ({"num_task_layers": "1"}, "num_task_layers is '1'"),
         ({"tasks": {"a": {**TEXT, "temperature": 0}}}, "tasks.a.temperature is 0; allowed: a positive number"),
         ({"tasks": {"a": {**TEXT, "temperature": float("nan")}}}, "tasks.a.temperature is nan"),
         ({"tasks": {"a": {**TEXT, "loss_weight": -1}}}, "tasks.a.loss_weight is -1"),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+import modeling_multitask
 from configuration_multitask import CASINGS, POOLING_MODES
 from modeling_multitask import (
     IGNORE_INDEX,
@@ -141,33 +142,11 @@ def test_only_the_requested_heads_are_computed():
     assert_same_outputs(everything, run(model, None, inputs_embeds=model.get_input_embeddings()(IDS)))
 
 
-def test_layer_mix_starts_as_the_mean_of_all_layers():
-    model = tiny_model(tasks={"ner": TASKS["ner"]})
-    out = run(model, output_hidden_states=True)
-    assert len(out.hidden_states) == 3
-    head = model.heads["ner"]
-    expected = head.classifier(torch.stack(out.hidden_states).mean(0)) / TASKS["ner"]["temperature"]
-    torch.testing.assert_close(out.logits["ner"], expected, atol=1e-5, rtol=1e-5)
-
-
 def test_a_hidden_layer_makes_the_head_an_mlp():
     model = tiny_model()
     head, pooled = model.heads["topics"], torch.randn(3, 32)
     expected = head.classifier(torch.nn.functional.gelu(head.dense(pooled)))
-    torch.testing.assert_close(head(pooled), expected)
-
-
-def test_a_kernel_reads_a_token_with_its_neighbours_and_no_further():
-    fields = {"kind": "token_classification", "labels": ["O", "B-X"], "hidden_dim": 16, "kernel_size": 5}
-    head = tiny_model(tasks={"ner": fields}).heads["ner"]
-    vectors, mask = torch.randn(1, 9, 32), torch.tensor([[1] * 8 + [0]])
-    other = vectors.clone()
-    other[0, 3] += 1
-    changed = (head(vectors, mask) != head(other, mask)).any(dim=-1)[0]
-    assert changed.tolist() == [False, True, True, True, True, True, False, False, False]
-    other = vectors.clone()
-    other[0, 8] += 1  # padding
-    assert torch.equal(head(vectors, mask), head(other, mask))
+    torch.testing.assert_close(head.classify(pooled), expected)
 
 
 def test_a_head_can_pool_in_its_own_way():
@@ -175,8 +154,8 @@ def test_a_head_can_pool_in_its_own_way():
     model = tiny_model(tasks={"own": {**fields, "pooling_mode": "cls"}, "shared": fields})
     model.heads["shared"].load_state_dict(model.heads["own"].state_dict())
     out = run(model)
-    torch.testing.assert_close(out.logits["own"], model.heads["own"](pool(out.last_hidden_state, MASK, "cls")))
-    torch.testing.assert_close(out.logits["shared"], model.heads["own"](pool(out.last_hidden_state, MASK, "mean")))
+    torch.testing.assert_close(out.logits["own"], model.heads["own"].classify(pool(out.last_hidden_state, MASK, "cls")))
+    torch.testing.assert_close(out.logits["shared"], model.heads["own"].classify(pool(out.last_hidden_state, MASK, "mean")))
 
 
 def test_casing_reaches_its_head_and_nothing_else():
@@ -192,10 +171,10 @@ def test_casing_reaches_its_head_and_nothing_else():
         run(model, casing_ids=casing_ids[:1, :1])
 
 
-@pytest.mark.parametrize("kernel", [{}, {"hidden_dim": 8, "kernel_size": 3}])
-def test_the_casing_of_padding_changes_nothing(kernel):
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_casing_of_padding_changes_nothing(layers):
     fields = {"kind": "token_classification", "labels": ["O", "B-X"], "casing_dim": 4}
-    model = tiny_model(tasks={"ner": {**fields, **kernel}})
+    model = tiny_model(tasks={"ner": fields}, num_task_layers=layers)
     ids, casing_ids = torch.tensor([[1, 9, 8, 2]]), torch.tensor([[0, 2, 1, 0]])
     alone = model(ids, casing_ids=casing_ids).logits["ner"]
     padded = model(
@@ -228,6 +207,186 @@ def test_fields_set_while_loading_are_checked(tmp_path):
         MultiTaskModel.from_pretrained(tmp_path, pooling_mode="sum")
     with pytest.raises(ValueError, match="tasks is 3"):
         MultiTaskModel.from_pretrained(tmp_path, tasks=3)
+
+
+# The fork: a task branch on the trunk of an encoder that stays as it is
+
+
+def forked(model_type="bert", layers=2, **fields):
+    """Returns a model of four layers whose branch starts as a copy of the encoder's last ones."""
+    fields = {"num_hidden_layers": 4, "num_task_layers": layers, **fields}
+    model = tiny_model(model_type, **fields)
+    model.reset_branch()
+    return model
+
+
+def moved(model):
+    """Returns a model whose branch is no longer a copy of anything."""
+    with torch.no_grad():
+        for x in model.task_branch.parameters():
+            x.add_(torch.randn_like(x), alpha=0.3)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_a_fresh_branch_gives_what_the_encoder_gives_to_the_bit(model_type, layers):
+    model, plain = forked(model_type, layers), tiny_model(model_type, num_hidden_layers=4)
+    plain.load_state_dict({name: x for name, x in model.state_dict().items() if not name.startswith("task_branch")})
+    assert_same_outputs(run(plain), run(model))
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_the_embedding_is_the_encoders_whatever_the_branch_does(model_type):
+    model = forked(model_type)
+    before = run(model)
+    moved(model)
+    after, alone = run(model), run(model, tasks=[])
+    hidden = model.encoder(IDS, attention_mask=MASK).last_hidden_state
+    for out in (before, after, alone):
+        assert torch.equal(out.last_hidden_state, hidden)
+        assert torch.equal(out.encoder_embedding, before.encoder_embedding)
+        assert torch.equal(out.sentence_embedding, before.sentence_embedding)
+    assert all(not torch.equal(after.logits[name], before.logits[name]) for name in TASKS)
+    pooled = pool(hidden, MASK, "mean")
+    torch.testing.assert_close(before.encoder_embedding, pooled / pooled.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_labels_alone_are_the_same_labels_and_padding_changes_nothing(model_type):
+    model = moved(forked(model_type))
+    casing_ids = torch.arange(IDS.numel()).view_as(IDS) % len(CASINGS) * MASK
+    both = run(model, casing_ids=casing_ids)
+    labels = run(model, casing_ids=casing_ids, output_embedding=False)
+    assert labels.sentence_embedding is None and labels.encoder_embedding is None and labels.last_hidden_state is None
+    for name in TASKS:
+        assert torch.equal(both.logits[name], labels.logits[name])
+        alone = run(model, IDS[1:, :4], MASK[1:, :4], casing_ids=casing_ids[1:, :4], output_embedding=False).logits[name][0]
+        a = both.logits[name][1]
+        torch.testing.assert_close(a[:4] if a.dim() == 2 else a, alone, atol=2e-5, rtol=1e-4)
+
+
+LAYERS = {
+    "bert": "encoder.layer",
+    "roberta": "encoder.layer",
+    "xlm-roberta": "encoder.layer",
+    "distilbert": "transformer.layer",
+}
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize(
+    ("options", "upper", "branch"),
+    [({}, 1, 1), ({"tasks": []}, 1, 0), ({"output_embedding": False}, 0, 1), ({"output_hidden_states": True}, 1, 1)],
+    ids=["everything", "embedding alone", "labels alone", "with hidden states"],
+)
+def test_only_the_layers_that_are_needed_run(model_type, options, upper, branch):
+    model = forked(model_type)
+    counts = dict.fromkeys(["trunk", "upper", "branch"], 0)
+
+    def count(part):
+        return lambda *_: counts.update({part: counts[part] + 1})
+
+    layers = model.encoder.get_submodule(LAYERS.get(model_type, "layers"))
+    for part, modules in {"trunk": layers[:2], "upper": layers[2:], "branch": model.task_branch.layers}.items():
+        for module in modules:
+            module.register_forward_hook(count(part))
+    run(model, **options)
+    assert counts == {"trunk": 2, "upper": 2 * upper, "branch": 2 * branch}
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_hidden_states_and_attentions_are_the_encoders(model_type):
+    model = moved(forked(model_type, attn_implementation="eager"))
+    for options in ({}, {"output_embedding": False}, {"tasks": []}):
+        out = run(model, output_hidden_states=True, output_attentions=True, **options)
+        assert len(out.hidden_states) == 5 and len(out.attentions) == 4
+        assert torch.equal(out.hidden_states[-1], model.encoder(IDS, attention_mask=MASK).last_hidden_state)
+
+
+def test_casing_enters_at_the_branch_and_starts_at_nothing():
+    model = forked()
+    casing_ids = torch.arange(IDS.numel()).view_as(IDS) % len(CASINGS)
+    assert_same_outputs(run(model), run(model, casing_ids=casing_ids))
+    with torch.no_grad():
+        model.task_branch.casing.weight.normal_()
+    unknown, known = run(model), run(model, casing_ids=casing_ids)
+    assert torch.equal(unknown.sentence_embedding, known.sentence_embedding)
+    assert all(not torch.allclose(unknown.logits[name], known.logits[name]) for name in TASKS)
+
+
+def test_a_branch_is_saved_loaded_and_copied_whole(tmp_path):
+    model = moved(forked())
+    model.save_pretrained(tmp_path)
+    for again in (MultiTaskModel.from_pretrained(tmp_path), copy.deepcopy(model)):
+        assert_same_outputs(run(model), run(again), tolerance=1e-5)  # last bits depend on where weights lie in memory
+        with torch.no_grad():  # its parts belong together: the views of the encoder run its own layers
+            again.task_branch.layers[0].attention.output.dense.weight.add_(1.0)
+            again.encoder.encoder.layer[0].attention.output.dense.weight.add_(1.0)
+        changed, labels = run(again), run(again, output_embedding=False)
+        assert not torch.allclose(changed.sentence_embedding, run(model).sentence_embedding)
+        assert_same_outputs(changed, run(again, output_hidden_states=True), tolerance=1e-5)
+        torch.testing.assert_close(changed.logits["ner"], labels.logits["ner"], atol=1e-5, rtol=1e-5)
+
+
+def test_adding_and_removing_tasks_leaves_encoder_branch_and_other_heads_alone():
+    model = moved(forked())
+    before, weights = run(model), {name: x.clone() for name, x in model.state_dict().items()}
+    model.add_task("irony", {"kind": "sequence_classification", "labels": ["no", "yes"]})
+    assert_same_outputs(before, run(model))
+    model.remove_task("irony")
+    assert_same_outputs(before, run(model))
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_reaches_a_frozen_encoder(model_type, checkpointing):
+    model = forked(model_type)
+    model.encoder.requires_grad_(False)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    model(IDS, attention_mask=MASK, labels={"ner": IDS.clamp(max=4)}, output_embedding=False).loss.backward()
+    assert all(x.grad is None for x in model.encoder.parameters())
+    assert all(
+        x.grad is not None and x.grad.abs().sum() > 0 for x in model.task_branch.layers[0].parameters() if x.dim() > 1
+    )
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+@pytest.mark.parametrize("options", [{}, {"output_embedding": False}, {"tasks": []}])
+def test_torch_compile_agrees_on_the_fork(model_type, options):
+    model = moved(forked(model_type))
+    expected, out = run(model, **options), run(torch.compile(model, backend="aot_eager"), **options)
+    for name in expected.logits:
+        torch.testing.assert_close(out.logits[name], expected.logits[name], atol=1e-5, rtol=1e-5)
+    assert (out.sentence_embedding is None) == (expected.sentence_embedding is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_fork_in_half_precision(dtype):
+    model = forked()
+    full, half = run(model), run(model.to(dtype))
+    assert half.sentence_embedding.dtype == half.encoder_embedding.dtype == half.logits["ner"].dtype == dtype
+    assert torch.nn.functional.cosine_similarity(full.sentence_embedding, half.sentence_embedding.float()).min() > 0.99
+
+
+def test_a_view_of_the_fork_runs_no_upper_layers():
+    model = moved(forked())
+    view = MultiTaskForSequenceClassification(model.config, task="topics").eval()
+    view.load_state_dict(model.state_dict())
+    calls = []
+    view.encoder.encoder.layer[3].register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(run(view).logits, run(model).logits["topics"]) and not calls
+
+
+def test_an_encoder_without_a_list_of_layers_is_refused():
+    config = tiny_config(num_task_layers=1)
+    config.num_hidden_layers = 2
+    encoder = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="num_task_layers needs an encoder with a list of its 2 layers"):
+        modeling_multitask._layer_path(encoder, 2)
 
 
 # Tasks and labels
@@ -287,7 +446,7 @@ def test_errors_say_what_is_wrong_and_what_is_known(action, message):
 def test_losses_are_the_textbook_ones():
     model = tiny_model()
     out = run(model)
-    stars, topics = torch.tensor([3.0, 1.0]), torch.tensor([[1, 0], [0, IGNORE_INDEX]])
+    stars, topics = torch.tensor([3.0, -100.0]), torch.tensor([[1, 0], [0, IGNORE_INDEX]])
     tags = torch.full_like(IDS, IGNORE_INDEX)
     tags[0, 1:3] = torch.tensor([1, 2])
     labels = {"sentiment": torch.tensor([2, IGNORE_INDEX]), "rating": stars, "topics": topics, "ner": tags}
@@ -315,7 +474,7 @@ def test_unlabelled_tasks_and_all_ignored_batches_train_nothing_and_are_never_na
     model = tiny_model()
     labels = {
         "sentiment": torch.tensor([0, 1]),
-        "rating": torch.full((2,), float(IGNORE_INDEX)),
+        "rating": torch.full((2,), float("nan")),
         "topics": torch.full((2, 2), IGNORE_INDEX),
         "ner": torch.full_like(IDS, IGNORE_INDEX),
     }
@@ -438,14 +597,12 @@ def test_a_view_answers_for_one_task_in_the_standard_way():
     assert torch.equal(out.logits, full.logits["topics"]) and torch.equal(out.loss, full.loss)
     assert view.config.id2label == {0: "sport", 1: "politics"} and view.config.label2id == {"sport": 0, "politics": 1}
     assert view.config.problem_type == "multi_label_classification" and view.config.num_labels == 2
-    assert model.config.num_labels == 2 and model.config.problem_type is None, "the shared configuration is not touched"
+    assert not model.config.id2label and model.config.problem_type is None, "the shared configuration is not touched"
     assert "id2label" not in view.config.to_dict()
 
 
 @pytest.mark.parametrize("view_class", [MultiTaskForSequenceClassification, MultiTaskForTokenClassification])
 def test_a_view_cuts_what_the_encoder_cannot_take_and_says_so(view_class, caplog):
-    import modeling_multitask
-
     modeling_multitask.logger.warning_once.cache_clear()
     view = view_class(tiny_config()).eval()
     ids = torch.randint(3, 320, (1, 50))
