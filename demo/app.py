@@ -1,18 +1,19 @@
-"""A page to try the model in a browser: one text, several texts side by side, or a csv file.
+"""A page for trying the model in a browser: one text, several texts side by side, or a csv file.
 
     python -m demo.app                       the model of this repository, at http://127.0.0.1:7860
     python -m demo.app USER/NAME --port 80   a model of the Hub
 
-In a Space, the model is the one that README.md names under `models`. All answers are the multitask pipeline's.
+In a Space, the model is the one that README.md names under `models`. All answers come from the multitask pipeline.
 """
 
 import argparse
+import base64
 import csv
 import html
 import io
 import json
-import tempfile
-from collections.abc import Iterator
+import os
+import re
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -25,7 +26,7 @@ from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 MAX_CHARACTERS = 20_000  # of one text
-MAX_LINES = 12  # of texts to compare: more do not fit on a screen
+MAX_LINES = 12  # texts to compare: more do not fit on a screen
 MAX_ROWS = 1_000
 MAX_COLUMNS = 100
 MAX_FILE_BYTES = 2**20
@@ -49,11 +50,13 @@ CSS = """
 .heat tbody th { text-align: left; font-weight: normal; max-width: min(22em, 40vw); padding-right: .6em; }
 .heat tbody th span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 """
+# What a spreadsheet takes for the start of a formula; a number with a sign is none.
+FORMULA = re.compile(r"[=@＝＠＋－\t\r\n]|[+-](?![\d.,]+$)")
 Record = dict[str, Any]
 
 
 def problem(message: str) -> gr.Error:
-    """Returns an error that the page shows; it is the user's to mend, so the log does not get a stack trace."""
+    """Returns an error that the page shows. The user caused it, so it leaves no stack trace in the log."""
     return gr.Error(html.escape(message), print_exception=False)
 
 
@@ -68,13 +71,13 @@ def colour(share: float) -> str:
 
 
 def vector_picture(vector: np.ndarray) -> str:
-    """Returns an embedding, float [E], as HTML: a coloured square for each of its numbers."""
+    """Returns an embedding, float [E], as HTML: a coloured square for each dimension."""
     most = max(float(np.abs(vector).max()), 1e-12)
     squares = [
         f'<i style="background:{colour(value / most)}" title="{index}: {value:.3f}"></i>'
         for index, value in enumerate(vector)
     ]
-    caption = f"{len(vector)} numbers from {vector.min():.2f} (blue) to {vector.max():.2f} (orange)"
+    caption = f"{len(vector)} dimensions from {vector.min():.2f} (blue) to {vector.max():.2f} (orange)"
     return f'<div class="vector" role="img" aria-label="{caption}">{"".join(squares)}</div><small>{caption}</small>'
 
 
@@ -90,7 +93,7 @@ def heat_map(texts: list[str], similarity: np.ndarray) -> str:
 
 
 def label_bars(answer: Record) -> dict[str, float] | str:
-    """Returns what a gr.Label shows of a sequence task's answer: a bar per label, or the numbers of a regression."""
+    """Returns what a gr.Label shows of a sequence task's answer: a bar per label, or the values of a regression."""
     if "values" in answer:
         return ", ".join(f"{name} {value:.2f}" for name, value in answer["values"].items())
     return answer["scores"]
@@ -108,7 +111,7 @@ def read_table(file: str | None) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of a csv file, each row as long as the header.
 
     Raises:
-        gr.Error: There is no file, or it is too large, no UTF-8 or no such csv.
+        gr.Error: There is no file, it is too large, or it is no csv in UTF-8.
     """
     if file is None:
         raise problem("file is empty; upload a csv file first.")
@@ -116,42 +119,28 @@ def read_table(file: str | None) -> tuple[list[str], list[list[str]]]:
     if len(data) > MAX_FILE_BYTES:
         raise problem(f"file has {len(data):,} bytes; allowed: {MAX_FILE_BYTES:,}. Divide it, or use annotate.py.")
     try:
-        lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        lines = [(reader.line_num, row) for row in reader if row]  # an empty line is no row
     except UnicodeDecodeError as error:
-        raise problem(f"file is no UTF-8 at byte {error.start}; save it as a csv in UTF-8.") from None
-    header, rows = [], []
-    try:
-        for row in lines:
-            if not header:
-                header = row
-                _check_header(header)
-            elif row:  # an empty line is no row
-                rows.append(row)
-                _check_row(row, header, lines.line_num, len(rows))
+        raise problem(f"file is not UTF-8 at byte {error.start}; save it as a csv in UTF-8.") from None
     except csv.Error as error:
-        raise problem(f"file is no csv at line {lines.line_num}: {error}. Check the quotes there.") from None
-    if not rows:
-        raise problem("file has no rows; the first line names the columns, each further line is a row.")
-    return header, rows
-
-
-def _check_header(header: list[str]) -> None:
+        raise problem(f"file is not a csv at line {reader.line_num}: {error}. Check the quotes there.") from None
+    header, rows = lines[0][1] if lines else [], [row for _, row in lines[1:]]
     longest = max(map(len, header), default=0)
     if len(header) > MAX_COLUMNS or longest > PREVIEW_CHARACTERS:
         raise problem(
             f"file has {len(header):,} columns, the longest name {longest:,} characters; allowed: {MAX_COLUMNS} columns, "
             f"{PREVIEW_CHARACTERS} characters. The first line must name the columns."
         )
-
-
-def _check_row(row: list[str], header: list[str], line: int, count: int) -> None:
-    if len(row) != len(header):
-        raise problem(
-            f"file has {len(row)} fields in the row that ends at line {line}; the header has {len(header)}. "
-            "Put texts with commas in quotes."
-        )
-    if count > MAX_ROWS:
-        raise problem(f"file has more than {MAX_ROWS:,} rows; divide it, or use annotate.py.")
+    for line, row in lines:
+        if len(row) != len(header):
+            raise problem(
+                f"file has {len(row)} fields in the row that ends at line {line}; the header has {len(header)}. "
+                "Put texts with commas in quotes."
+            )
+    if not 1 <= len(rows) <= MAX_ROWS:
+        raise problem(f"file has {len(rows):,} rows below the header; allowed: 1 to {MAX_ROWS:,}. Use annotate.py for more.")
+    return header, rows
 
 
 def table_cells(record: Record) -> dict[str, str]:
@@ -169,6 +158,14 @@ def table_cells(record: Record) -> dict[str, str]:
     if "sentence_embedding" in record:
         cells["embedding"] = json.dumps([round(x, 6) for x in record["sentence_embedding"].tolist()])
     return {f"predicted_{name}": value for name, value in cells.items()}
+
+
+def download_link(name: str, table: list[list[str]]) -> str:
+    """Returns an HTML link that holds a table as a csv file, so that no file stays on the server."""
+    stream = io.StringIO(newline="")
+    csv.writer(stream).writerows([f"'{cell}" if FORMULA.match(cell) else cell for cell in row] for row in table)
+    content, name = base64.b64encode(stream.getvalue().encode()).decode(), html.escape(name)
+    return f'<a download="{name}" href="data:text/csv;charset=utf-8;base64,{content}">Download {name}</a>'
 
 
 def _preview(column: str, texts: list[str], added: list[dict[str, str]]) -> Record:
@@ -235,8 +232,8 @@ class Demo:
         chosen = "text" if "text" in header else header[0] if len(header) == 1 else None
         return gr.Dropdown(choices=header, value=chosen)
 
-    def annotate_file(self, file: str | None, column: str | None, with_vectors: bool) -> Iterator[tuple[str, Record]]:
-        """Yields the path of the annotated csv file, which is gone afterwards, and its first rows."""
+    def annotate_file(self, file: str | None, column: str | None, with_vectors: bool) -> tuple[str, Record]:
+        """Returns a link to the annotated csv file, and its first rows."""
         header, rows = read_table(file)
         if column not in header:
             given, names = str(column or "empty"), shorten(", ".join(header), 200, placeholder=" …")
@@ -246,11 +243,7 @@ class Demo:
         if taken := [name for name in added[0] if name in header]:
             raise problem(f"file has the columns {', '.join(taken)} already; rename or remove them.")
         table = [[*header, *added[0]], *([*row, *cells.values()] for row, cells in zip(rows, added, strict=True))]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{Path(file).stem[:60]}_annotated.csv"
-            with path.open("w", encoding="utf-8", newline="") as stream:
-                csv.writer(stream).writerows(table)
-            yield str(path), _preview(column, texts, added)
+        return download_link(f"{Path(file).stem[:60]}_annotated.csv", table), _preview(column, texts, added)
 
     def page(self) -> gr.Blocks:
         """Returns the page."""
@@ -259,7 +252,8 @@ class Demo:
         with gr.Blocks(title="Multi-task sentence transformer", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
             gr.Markdown(
                 "# One pass over a text: names, labels and a vector\n"
-                f"One encoder of {million:.1f} million parameters gives {width} numbers and the tasks {', '.join(self.specs)}."
+                f"One model of {million:.1f} million parameters gives a vector of {width} dimensions and the tasks "
+                f"{', '.join(self.specs)}."
             )
             with gr.Tab("One text"):
                 self._text_tab()
@@ -305,7 +299,8 @@ class Demo:
     def _file_tab(self) -> None:
         gr.Markdown(
             f"A csv in UTF-8, columns named in the first line: up to {MAX_ROWS:,} rows and {MAX_FILE_BYTES >> 20} MB. "
-            "It comes back with the columns `predicted_…` added."
+            "It comes back with the columns `predicted_…` added. Cells that a spreadsheet would run as a formula, such as "
+            "`=HYPERLINK(…)`, get a leading apostrophe."
         )
         with gr.Row():
             file = gr.File(label="File", file_types=[".csv"], height=160)
@@ -314,23 +309,22 @@ class Demo:
                 with_vectors = gr.Checkbox(label="Add the vectors, too")
                 button = gr.Button("Annotate the file", variant="primary")
         gr.Examples([[str(HERE / "reviews.csv")]], [file], cache_examples=False, api_visibility="private")
-        shown = [
-            gr.File(label="Annotated file"),
-            gr.Dataframe(label=f"Its first {PREVIEW_ROWS} rows", interactive=False),
-        ]
+        rows = f"Its first {PREVIEW_ROWS} rows"
+        shown = [_picture("Annotated file", ""), gr.Dataframe(label=rows, interactive=False)]
         file.change(self.columns, file, column, api_visibility="private")
         inputs = [file, column, with_vectors]
-        button.click(self.annotate_file, inputs, shown, api_name="annotate_file", concurrency_id="model")
+        button.click(self.annotate_file, inputs, shown, api_visibility="private", concurrency_id="model")
 
     def launch(self, **options: Any) -> Any:
-        """Starts the page and returns what `gr.Blocks.launch` does; nothing is loaded from other hosts."""
+        """Starts the page and returns what `gr.Blocks.launch` does. Nothing is loaded from other hosts."""
+        os.umask(0o077)  # only this user may read what Gradio keeps of an uploaded file
         theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         fixed = {"theme": theme, "css": CSS, "ssr_mode": False, "run_history": False, "max_file_size": MAX_FILE_BYTES}
         return self.page().queue(max_size=32).launch(**fixed, **options)
 
 
 def default_model() -> str:
-    """Returns the folder above, if it is a model; in a Space, the model that README.md names.
+    """Returns the folder above if it is a model; in a Space, the model that README.md names.
 
     Raises:
         ValueError: README.md names none.
@@ -345,7 +339,7 @@ def default_model() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="folder or Hub id, whose code is run; default: this repository")
+    parser.add_argument("model", nargs="?", help="folder or Hub id; its code is run. Default: this repository")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()

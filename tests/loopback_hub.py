@@ -5,7 +5,7 @@ The real client talks to it, with all that is built on the client, in a process 
     with LoopbackHub() as hub:
         subprocess.run([sys.executable, "-c", code], env=hub.env(tmp_path / "home"), check=True)
 
-Commits, branches, tags, LFS uploads and error codes behave as on the Hub. There are no permissions, pull requests,
+Commits, pull requests, tags, LFS uploads and error codes behave as on the Hub. There are no permissions, discussions,
 datasets, Spaces, model card metadata or partial downloads. A test that needs a refusal, or something that happens
 meanwhile, sets `before_request`.
 """
@@ -47,14 +47,26 @@ class Blob(NamedTuple):
 
 
 @dataclass
+class PullRequest:
+    """A pull request against main: the commit that it starts from, and whether it is open, merged or closed."""
+
+    base: str
+    status: str = "open"
+
+
+@dataclass
 class Repo:
-    """A repository: the files of every commit by path, and the commits that branches and tags point to."""
+    """A repository: the files of every commit by path, the commits that branches and tags point to, and pull requests.
+
+    The branch of pull request 1 is "refs/pr/1".
+    """
 
     repo_id: str
     private: bool = False
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    pulls: dict[int, PullRequest] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, Blob]) -> str:
         """Adds a commit of these files to a branch and returns its id."""
@@ -145,7 +157,7 @@ class _Connection(BaseHTTPRequestHandler):
             self.reply_headers["X-Error-Code"] = error.code
         self._send(status, reply if isinstance(reply, bytes) else json.dumps(reply).encode())
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
 
     def _route(self, line: str) -> Any:
         self.hub.requests.append(line)
@@ -196,19 +208,8 @@ class _Connection(BaseHTTPRequestHandler):
         def listed(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
             return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in refs.items()]
 
-        return {"branches": listed("heads", repo.branches), "tags": listed("tags", repo.tags), "converts": []}
-
-    def _create_branch(self, repo: Repo, branch: str) -> Any:
-        if branch in repo.branches:
-            raise HubError(409, f"{repo.repo_id} has a branch {branch!r} already.")
-        repo.branches[branch] = repo.resolve(json.loads(self.body).get("startingPoint", "main"))
-        return {}
-
-    def _delete_branch(self, repo: Repo, branch: str) -> Any:
-        if branch == "main" or branch not in repo.branches:
-            raise HubError(404, f"{repo.repo_id} has no branch {branch!r} that can be deleted.", "RevisionNotFound")
-        del repo.branches[branch]
-        return {}
+        branches = {name: sha for name, sha in repo.branches.items() if not name.startswith("refs/pr/")}
+        return {"branches": listed("heads", branches), "tags": listed("tags", repo.tags), "converts": []}
 
     def _tag(self, repo: Repo, rev: str) -> Any:
         tag = json.loads(self.body)["tag"]
@@ -242,12 +243,15 @@ class _Connection(BaseHTTPRequestHandler):
 
     def _preupload(self, repo: Repo, rev: str) -> Any:
         present = repo.commits[repo.resolve(rev)]
-        files = json.loads(self.body)["files"]
-        for file in files:
+        asked = json.loads(self.body)
+        stored = present[".gitignore"].content.decode() if ".gitignore" in present else ""
+        ignored = [line.strip("/") for line in asked.get("gitIgnore", stored).splitlines() if line.startswith("/")]
+        for file in asked["files"]:
             lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_SIZE
             blob = present.get(file["path"])  # the client leaves a file out of the commit if it has the same id
-            file |= {"uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": blob and blob.oid}
-        return {"files": files}
+            file |= {"uploadMode": "lfs" if lfs else "regular", "oid": blob and blob.oid}
+            file["shouldIgnore"] = file["path"].split("/")[0] in ignored  # of .gitignore's patterns, top-level names alone
+        return {"files": asked["files"]}
 
     def _lfs_batch(self, repo: Repo) -> Any:
         objects = json.loads(self.body)["objects"]
@@ -263,19 +267,25 @@ class _Connection(BaseHTTPRequestHandler):
         return {}
 
     def _commit(self, repo: Repo, branch: str) -> Any:
-        if "create_pr" in self.query:
-            raise HubError(400, "The loopback hub has no pull requests.")
         if branch not in repo.branches:
             raise HubError(404, f"{repo.repo_id} has no branch {branch!r}.", "RevisionNotFound")
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
         head = repo.branches[branch]
-        if header["value"].get("parentCommit", head) != head:
+        parent = header["value"].get("parentCommit", head)
+        reply = {}
+        if "create_pr" in self.query:
+            number = len(repo.pulls) + 1
+            repo.pulls[number] = PullRequest(parent)
+            branch = f"refs/pr/{number}"
+            repo.branches[branch] = parent
+            reply["pullRequestUrl"] = f"{self.hub.url}/{repo.repo_id}/discussions/{number}"
+        elif parent != head:
             raise HubError(412, f"The parent commit is not {head}, the head of {branch!r}.")
-        files = dict(repo.commits[head])
+        files = dict(repo.commits[parent])
         for operation in operations:
             self._apply(files, operation["key"], operation["value"])
         sha = repo.commit(branch, files)
-        return {"commitOid": sha, "commitUrl": f"{self.hub.url}/{repo.repo_id}/commit/{sha}"}
+        return {"commitOid": sha, "commitUrl": f"{self.hub.url}/{repo.repo_id}/commit/{sha}", **reply}
 
     def _apply(self, files: dict[str, Blob], key: str, value: dict[str, str]) -> None:
         path = value["path"]
@@ -288,6 +298,37 @@ class _Connection(BaseHTTPRequestHandler):
         else:
             raise HubError(400, f"Cannot apply {key!r} to {path!r}: an unknown operation, file or LFS object.")
 
+    def _merge(self, repo: Repo, number: str) -> Any:
+        pull = self._open_pull(repo, number)
+        base, theirs = repo.commits[pull.base], repo.commits[repo.branches["main"]]
+        ours = repo.commits[repo.branches[f"refs/pr/{number}"]]
+        merged = dict(theirs)
+        for path in {path for path in base | ours if base.get(path) != ours.get(path)}:
+            if theirs.get(path) not in (base.get(path), ours.get(path)):
+                raise HubError(409, f"{path} conflicts with main.")
+            merged.pop(path, None)
+            merged |= {path: ours[path]} if path in ours else {}
+        repo.commit("main", merged)
+        pull.status = "merged"
+        return {}
+
+    def _set_status(self, repo: Repo, number: str) -> Any:
+        pull = self._open_pull(repo, number)
+        pull.status = json.loads(self.body)["status"]
+        event = {
+            "id": "1",
+            "type": "status-change",
+            "createdAt": "2026-01-01T00:00:00.000Z",
+            "data": {"status": pull.status},
+        }
+        return {"newStatus": event}
+
+    def _open_pull(self, repo: Repo, number: str) -> PullRequest:
+        pull = repo.pulls.get(int(number))
+        if pull is None or pull.status != "open":
+            raise HubError(403, f"{repo.repo_id} has no open pull request {number}.")
+        return pull
+
     _model, _rev = r"/api/models/(?P<repo>[^/]+/[^/]+)", r"(?P<rev>[^/]+)"  # the client quotes slashes in revisions
     routes: tuple[tuple[str, Callable[..., Any]], ...] = (
         (r"GET /api/whoami-v2", lambda self: USER),
@@ -295,8 +336,6 @@ class _Connection(BaseHTTPRequestHandler):
         (r"POST /api/repos/create", _create_repo),
         (rf"GET {_model}(/revision/{_rev})?", _info),
         (rf"GET {_model}/refs", _refs),
-        (rf"POST {_model}/branch/(?P<branch>[^/]+)", _create_branch),
-        (rf"DELETE {_model}/branch/(?P<branch>[^/]+)", _delete_branch),
         (rf"POST {_model}/tag/{_rev}", _tag),
         (rf"GET {_model}/tree/{_rev}(/(?P<path>.+))?", _tree),
         (rf"POST {_model}/paths-info/{_rev}", _paths_info),
@@ -305,6 +344,8 @@ class _Connection(BaseHTTPRequestHandler):
         (r"POST /(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _lfs_batch),
         (r"PUT /lfs/objects/(?P<oid>\w+)", _lfs_put),
         (rf"POST {_model}/commit/(?P<branch>[^/]+)", _commit),
+        (rf"POST {_model}/discussions/(?P<number>\d+)/merge", _merge),
+        (rf"POST {_model}/discussions/(?P<number>\d+)/status", _set_status),
     )
 
 

@@ -1,5 +1,6 @@
 """The demo's functions: they show what the pipeline says, give a csv file back whole, and refuse bad input in plain words."""
 
+import base64
 import csv
 import io
 import json
@@ -39,23 +40,23 @@ def write(file: Path, rows: list[list[str]]) -> str:
 
 def annotated(demo: app.Demo, file: str, column: str = "text", with_vectors: bool = False) -> list[list[str]]:
     """Returns the annotated table, after a look at its preview."""
-    (content, preview), *more = [
-        (Path(path).read_bytes(), preview) for path, preview in demo.annotate_file(file, column, with_vectors)
-    ]
+    link, preview = demo.annotate_file(file, column, with_vectors)
+    content = base64.b64decode(re.search(r'href="data:text/csv;charset=utf-8;base64,([^"]*)"', link)[1])
     table = list(csv.reader(io.StringIO(content.decode("utf-8"), newline="")))
-    assert (
-        not more
-        and preview["headers"][1:] == [name for name in table[0] if name.startswith("predicted_")]
-        and len(preview["data"]) == min(len(table) - 1, app.PREVIEW_ROWS)
-    )
+    assert preview["headers"][1:] == [name for name in table[0] if name.startswith("predicted_")]
+    assert len(preview["data"]) == min(len(table) - 1, app.PREVIEW_ROWS)
     return table
+
+
+def harmless(table: list[list[str]]) -> list[list[str]]:
+    """Returns a table as it comes back: with apostrophes before formulas."""
+    return [["'" + cell if app.FORMULA.match(cell) else cell for cell in row] for row in table]
 
 
 def refusal(function: Any, *values: Any) -> str:
     """Returns the message with which values are refused."""
     with pytest.raises(gr.Error) as caught:
-        result = function(*values)
-        list(result)  # a generator refuses when it is asked
+        function(*values)
     assert caught.value.print_exception is False and "Traceback" not in caught.value.message
     return caught.value.message
 
@@ -125,6 +126,19 @@ def test_a_csv_file_comes_back_whole_with_columns_added(demo: app.Demo, pipe: An
         np.testing.assert_allclose(json.loads(row["predicted_embedding"]), record["sentence_embedding"], atol=1e-6)
 
 
+def test_a_formula_comes_back_as_text(demo: app.Demo, csv_file: Path) -> None:
+    formulas = ['=HYPERLINK("http://x","y")', "@SUM(A1)", "+1+cmd|' /C calc'!A0", "-2+3", "\t=1", "\r=1", "＝1+1"]
+    ordinary = ["-2", "+1.5", "-1,000", "a=b", "'=1", "", "me@example.org", "é"]
+    table = annotated(demo, write(csv_file, [["=name", "text"], *([cell, cell] for cell in [*formulas, *ordinary])]))
+    assert table[0][:2] == ["'=name", "text"]
+    assert [row[:2] for row in table[1:]] == [[cell] * 2 for cell in [*("'" + x for x in formulas), *ordinary]]
+
+
+def test_a_file_name_cannot_break_out_of_its_link() -> None:
+    link = app.download_link('"><img src=x>.csv', [["a"]])
+    assert "<img" not in link and "&quot;&gt;&lt;img src=x&gt;.csv" in link
+
+
 def test_vectors_are_left_out_unless_wanted(demo: app.Demo) -> None:
     table = annotated(demo, str(app.HERE / "reviews.csv"))
     assert len(table) == 6 and "predicted_embedding" not in table[0] and "predicted_ner" in table[0]
@@ -140,20 +154,20 @@ def test_the_column_with_texts_is_found_or_asked_for(demo: app.Demo, csv_file: P
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no rows"),
-        (b"text\n\n", "no rows"),
+        (b"", "0 rows"),
+        (b"text\n\n", "0 rows"),
         (b"id,text\n1,a\n2,b,c\n", "3 fields in the row that ends at line 3; the header has 2"),
         (b"id,text\n1\n", "1 fields in the row that ends at line 2"),
-        (b'text\n"a\nb\n', "no csv at line 3"),
-        (b'text\n"a"b\n', "no csv at line 2"),
-        ("text\nén\n".encode("utf-16"), "no UTF-8 at byte 0"),
-        ("text\nén\n".encode("latin-1"), "no UTF-8 at byte 5"),
+        (b'text\n"a\nb\n', "not a csv at line 3"),
+        (b'text\n"a"b\n', "not a csv at line 2"),
+        ("text\nén\n".encode("utf-16"), "not UTF-8 at byte 0"),
+        ("text\nén\n".encode("latin-1"), "not UTF-8 at byte 5"),
         (b"id,review\n1,a\n", "column is text; allowed: id, review"),
         (b"id;text\n1;a\n", "allowed: id;text"),
         (b"<b>x</b>\na\n", "allowed: &lt;b&gt;x&lt;/b&gt;"),
         (b",".join(b"column number %d" % i for i in range(100)) + b"\n" + b"," * 99, "column number 1, column number 2, "),
         (b"text,predicted_ner\na,b\n", "file has the columns predicted_ner already"),
-        (b"text\n" + b"a\n" * 1_001, "more than 1,000 rows"),
+        (b"text\n" + b"a\n" * 1_001, "1,001 rows below the header; allowed: 1 to 1,000"),
         (b"," * 500_000, "500,001 columns"),
         (b"a" * 100_000, "the longest name 100,000 characters"),
         (b"a" * 1_048_577, "1,048,577 bytes; allowed: 1,048,576"),
@@ -184,7 +198,7 @@ def test_any_bytes_are_annotated_or_refused(
     except gr.Error as error:
         assert re.search(r"(file|column) (is|has) ", error.message)
     else:
-        assert [row[: len(header)] for row in table] == [header, *rows]
+        assert [row[: len(header)] for row in table] == harmless([header, *rows])
 
 
 @settings(max_examples=25)
@@ -194,7 +208,7 @@ def test_any_table_comes_back_with_its_own_cells(
 ) -> None:
     table = [["text", "é 😀"], *rows]
     file = write(tmp_path_factory.getbasetemp() / "table.csv", table)
-    assert [row[:2] for row in annotated(demo, file)] == table
+    assert [row[:2] for row in annotated(demo, file)] == harmless(table)
 
 
 def test_a_space_takes_the_model_that_its_readme_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The demo as a person uses it, in a headless Chromium: type, click, read, upload, download, be told what is wrong."""
 
 import csv
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,21 @@ PATIENCE = 60_000  # milliseconds: machines are slow at times
 
 
 @pytest.fixture(scope="module")
-def address(pipe: Any) -> Iterator[str]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where Gradio keeps files."""
+    return tmp_path_factory.mktemp("demo") / "cache"
+
+
+@pytest.fixture(scope="module")
+def address(pipe: Any, cache: Path) -> Iterator[str]:
     """Serves the demo over the tiny release."""
-    _, url, _ = Demo(pipe).launch(prevent_thread_lock=True, quiet=True)
-    yield url
-    gradio.close_all()
+    mask = os.umask(0o022)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(cache))
+        _, url, _ = Demo(pipe).launch(prevent_thread_lock=True, quiet=True)
+        yield url
+        gradio.close_all()
+    os.umask(mask)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +97,34 @@ def test_texts_are_compared(page: Any) -> None:
     assert page.locator(".heat tbody th").nth(1).inner_text() == "2. <img src=x onerror=alert(1)>"
 
 
-def test_a_csv_file_is_uploaded_and_downloaded(page: Any, pipe: Any, tmp_path: Path) -> None:
+def test_html_in_texts_and_entities_is_shown_as_text(page: Any, pipe: Any) -> None:
+    text = (
+        'Tim <img src="https://example.org/x" onerror="document.title=1"> met <b>Bob</b> & <script>document.title=1</script>'
+    )
+    page.get_by_label("Up to 20,000").fill(text)
+    page.get_by_role("button", name="Annotate", exact=True).click()
+    vector = pipe(text)["sentence_embedding"]
+    playwright.expect(page.locator(".vector i").first).to_have_attribute("title", f"0: {vector[0]:.3f}")
+    shown = page.get_by_test_id("highlighted-text")
+    for words in shown.all():
+        # Without the names of the entities, which stand between the words.
+        assert "".join(words.locator(".text").all_text_contents()).replace(" ", "") == text.replace(" ", "")
+    page.get_by_text("The record, as the pipeline returns it").click()
+    assert shown.locator("img, b, script").count() == 0 and page.locator("img[src*='example.org']").count() == 0
+    assert page.title() != "1"
+
+
+def test_html_in_a_file_is_shown_as_text(page: Any, tmp_path: Path) -> None:
+    file = tmp_path / "<b>mine.csv"
+    file.write_text('<i>text</i>\n"<img src=x onerror=""document.title=1""> Bob"\n')
+    upload(page, file)
+    playwright.expect(page.get_by_label("Column with the texts")).to_have_value("<i>text</i>")
+    page.get_by_role("button", name="Annotate the file").click()
+    playwright.expect(page.get_by_role("gridcell").filter(has_text="<img src=x").first).to_be_visible()
+    assert page.locator("td img, th i, a b").count() == 0 and page.title() != "1"
+
+
+def test_a_csv_file_is_uploaded_and_downloaded(page: Any, pipe: Any, cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     file.write_text("number,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS)))
     upload(page, file)
@@ -96,6 +134,11 @@ def test_a_csv_file_is_uploaded_and_downloaded(page: Any, pipe: Any, tmp_path: P
         page.locator("a[download='mine_annotated.csv']").click()
     rows = list(csv.DictReader(download.value.path().read_text("utf-8").splitlines()))
     assert [row["text"] for row in rows] == TEXTS
+    kept = list(cache.rglob("*"))
+    names = {path.name for path in kept}
+    assert "mine.csv" in names and not any("annotated" in name for name in names), "what was uploaded, and no more"
+    private = [path for path in kept if path.is_dir() or path.name == "mine.csv"]
+    assert not any(path.stat().st_mode & 0o077 for path in private), "no one else may read it"
     assert [row["predicted_sentiment"] for row in rows] == [x["labels"]["sentiment"]["label"] for x in pipe(TEXTS)]
 
 

@@ -1,10 +1,11 @@
-"""Publishing: what is sent, that it is tried before main moves, what happens when something fails, and no token anywhere."""
+"""Publishing: what is sent, that it is tested before main moves, what happens when something fails, and no token anywhere."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from release import publish
-from release.publish import PublishError, prepare, select
+from release.publish import PublishError, release_files
 from tests import golden
 from tests.conftest import ROOT, write_release
 from tests.loopback_hub import HubError, LoopbackHub
@@ -67,16 +68,10 @@ def hub(tmp_path, monkeypatch):
     huggingface_hub.close_session()
 
 
-@pytest.fixture(scope="module")
-def expected(release) -> dict[str, np.ndarray]:
-    return publish.rehearse(release)
-
-
 @pytest.fixture
-def tried(monkeypatch):
-    """Publishing takes for granted that the model loads, here and from the hub."""
-    monkeypatch.setattr(publish, "rehearse", lambda folder: {})
-    monkeypatch.setattr(publish, "load_back", lambda *arguments: [])
+def tested(monkeypatch):
+    """Publishing takes for granted that what was uploaded loads."""
+    monkeypatch.setattr(publish, "load_back", lambda *arguments: None)
 
 
 def run(monkeypatch, *arguments) -> None:
@@ -84,29 +79,65 @@ def run(monkeypatch, *arguments) -> None:
     publish.main()
 
 
+def dry_run(monkeypatch, folder: Path) -> None:
+    run(monkeypatch, "user/tiny", "--folder", folder, "--dry-run")
+
+
 def requests(hub: LoopbackHub, verb: str, part: str) -> list[str]:
     return [line for line in hub.requests if line.startswith(verb) and part in line]
+
+
+def on_request(hub: LoopbackHub, part: str, do: Callable[[], None]) -> None:
+    """Does something when the first request comes that contains `part`, before it is answered."""
+
+    def before_request(line: str) -> None:
+        if part in line:
+            hub.before_request = lambda line: None
+            do()
+
+    hub.before_request = before_request
+
+
+def refuse(hub: LoopbackHub, part: str, status: int, message: str = "not you") -> None:
+    def before_request(line: str) -> None:
+        if part in line:
+            raise HubError(status, message)
+
+    hub.before_request = before_request
+
+
+def change_main(hub: LoopbackHub, name: str) -> None:
+    """Someone else commits a file to main."""
+    repo = hub.repos["user/tiny"]
+    files = repo.commits[repo.branches["main"]]
+    repo.commit("main", {**files, name: files[".gitattributes"]})
+
+
+def main_files(hub: LoopbackHub) -> dict[str, bytes]:
+    repo = hub.repos["user/tiny"]
+    return {name: blob.content for name, blob in repo.commits[repo.branches["main"]].items()}
+
+
+def statuses(hub: LoopbackHub) -> list[str]:
+    return [pull.status for pull in hub.repos["user/tiny"].pulls.values()]
 
 
 # With the models
 
 
-def test_a_release_goes_to_main_in_one_commit_after_it_was_loaded_back(hub, folder, expected, monkeypatch, capfd, tmp_path):
-    monkeypatch.setattr(publish, "rehearse", lambda folder: expected)
-    (folder / "tests").mkdir()
-    (folder / "tests/golden.json").write_text(json.dumps(golden.answers(str(folder))))
+def test_a_release_is_merged_into_main_after_it_was_loaded_from_the_hub(hub, folder, monkeypatch, capfd, tmp_path):
     run(monkeypatch, "user/tiny", "--folder", folder, "--private", "--revision", "v1.0")
     repo = hub.repos["user/tiny"]
-    assert repo.private and set(repo.branches) == {"main"} and repo.tags == {"v1.0": repo.branches["main"]}
-    assert len(requests(hub, "POST", "/commit/main")) == 1
-    tried = hub.requests.index(requests(hub, "HEAD", "/resolve/")[-1])
-    assert tried < hub.requests.index(requests(hub, "POST", "/commit/main")[0]), "main moves last"
-    files = repo.commits[repo.branches["main"]]
-    assert set(files) == OWN | {".gitattributes", "tests/golden.json"}
-    for name in OWN:
-        assert files[name].content == (folder / name).read_bytes()
-    card = files["README.md"].content.decode()
+    assert repo.private and repo.tags == {"v1.0": repo.branches["main"]} and statuses(hub) == ["merged"]
+    loaded, merged = requests(hub, "HEAD", "/resolve/")[-1], requests(hub, "POST", "/discussions/1/merge")[0]
+    assert hub.requests.index(loaded) < hub.requests.index(merged), "main moves last"
+    files = main_files(hub)
+    assert set(files) == OWN | {".gitattributes"}
+    for name in OWN - {"README.md"}:
+        assert files[name] == (folder / name).read_bytes()
+    card = files["README.md"].decode()
     assert "# tiny\n" in card and "- **topics**: sport, politics\n" in card and 'model="user/tiny"' in card
+    assert not (folder / "README.md").exists(), "publishing changes nothing in the folder"
     printed = "".join(capfd.readouterr())
     assert 'pin it with revision="v1.0"' in printed and TOKEN not in printed
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -114,117 +145,109 @@ def test_a_release_goes_to_main_in_one_commit_after_it_was_loaded_back(hub, fold
     assert not any(TOKEN.encode() in blob.content for commit in repo.commits.values() for blob in commit.values())
 
 
-def test_what_loads_back_otherwise_never_reaches_main(hub, folder, expected, monkeypatch):
-    other = {**expected, "auto/logits.pos/0": expected["auto/logits.pos/0"] + 1}
-    monkeypatch.setattr(publish, "rehearse", lambda folder: expected)
-    monkeypatch.setattr(publish, "load_in_every_way", lambda *source: (other, []))
-    with pytest.raises(
-        SystemExit, match=r"auto/logits.pos/0 differs by 1\n(.*\n)*Nothing is published: main .* is as it was"
-    ):
+def test_what_answers_otherwise_never_reaches_main(hub, folder, monkeypatch):
+    answers = golden.answers(str(folder))
+    answers[0]["labels"]["sentiment"]["negative"] += 0.1
+    (folder / "tests").mkdir()
+    (folder / "tests/golden.json").write_text(json.dumps(answers))
+    message = (
+        r"not the model that was expected: sentiment of \"Tim Cook .*(\n.*)+\nNothing is published: main of user/tiny is"
+    )
+    with pytest.raises(SystemExit, match=message):
         run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1.0")
-    repo = hub.repos["user/tiny"]
-    assert list(repo.commits[repo.branches["main"]]) == [".gitattributes"]
-    assert set(repo.branches) == {"main"} and not repo.tags and not (folder / "README.md").exists()
+    assert set(main_files(hub)) == {".gitattributes"} and not hub.repos["user/tiny"].tags and statuses(hub) == ["closed"]
 
 
 def test_a_fresh_process_has_empty_caches_and_its_last_words_are_repeated(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("import os, sys\nassert not os.path.exists(os.environ['HF_HUB_CACHE'])\nsys.exit(sys.argv[1])")
-    assert publish.run_fresh(str(program), str(tmp_path), "a\nheads.pos is missing") == ["heads.pos is missing"]
+    assert publish.run_fresh(str(program), str(tmp_path), "a\nheads.pos is missing") == "heads.pos is missing"
     program.write_text("")
-    assert publish.run_fresh(str(program), str(tmp_path)) == []
+    assert publish.run_fresh(str(program), str(tmp_path)) == ""
 
 
-def test_outputs_that_are_missing_or_others_are_named():
-    expected = {"st/embedding/0": np.zeros(3), "t/default/label": np.array(["a"]), "direct/x": np.zeros(1)}
-    assert publish.differences({**expected, "st/embedding/0": np.full(3, 1e-6)}, expected) == []
-    assert publish.differences({"t/default/label": np.array(["b"])}, expected) == [
-        "st/embedding/0 is missing or has another shape",
-        "t/default/label is ['b'], should be ['a']",
-    ]
+def test_sentence_transformers_must_give_the_pipelines_embedding(tmp_path):
+    vector = np.array([0.6, 0.8])
+    for other, agree in ((vector + 1e-7, True), (-vector, False)):
+        np.savez(tmp_path / "outputs.npz", **{"st/embedding/0": vector, "pipeline/embedding/0": other})
+        assert publish._agree(tmp_path / "outputs.npz") is agree
 
 
-def test_an_export_of_other_weights_is_no_part_of_a_release(release, expected, tmp_path):
+def test_a_broken_export_is_no_part_of_a_release(folder, monkeypatch):
     pytest.importorskip("onnxruntime")
-    copy = Path(shutil.copytree(release, tmp_path / "copy"))
-    (copy / "onnx").mkdir()
-    (copy / "onnx/model.onnx").write_bytes(b"no graph")
-    with pytest.raises(PublishError, match=r"onnx/model.onnx: .* python -m release.onnx .* or delete it"):
-        publish.check_export(copy, "onnx", expected)
+    (folder / "onnx").mkdir()
+    (folder / "onnx/model.onnx").write_bytes(b"no graph")
+    with pytest.raises(SystemExit, match=r"onnx/model.onnx: .* `python -m release.onnx`, or delete it"):
+        dry_run(monkeypatch, folder)
 
 
-# The Hub says no
-
-
-def refusing(hub: LoopbackHub, part: str, status: int, message: str = "not you") -> None:
-    def refuse(line: str) -> None:
-        if part in line:
-            raise HubError(status, message)
-
-    hub.before_request = refuse
+# The Hub says no, or someone else is faster
 
 
 REFUSALS = {
-    "an unknown token": ("whoami", 401, "does not accept the token: log in again with `hf auth login`"),
-    "no right to make it": ("repos/create", 403, r"may not write to user/tiny \(not you\)"),
-    "no right to branch": ("/branch/publish-", 403, "may not write to user/tiny"),
-    "no right to commit": ("/commit/publish-", 403, "may not write to user/tiny"),
-    "no right to main": ("/commit/main", 403, "may not write to user/tiny"),
+    "an unknown token": ("whoami", 401, "Log in again with `hf auth login`"),
+    "no right to create it": ("repos/create", 403, r"The Hub answers 403 \(not you\). Use a token that may write there"),
+    "no right to propose": ("/commit/main", 403, "allow pull requests in its settings"),
+    "no right to merge": ("/merge", 403, "Use a token that may write there"),
     "a card it refuses": ("validate-yaml", 400, "Invalid metadata in README.md"),
-    "too many requests": ("/refs", 429, "wait a while"),
+    "too many requests": ("/refs", 429, "Wait a while"),
     "trouble of its own": ("/refs", 500, r"answers 500 \(not you\)"),
 }
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_refusal_is_said_with_its_mend_and_changes_nothing(hub, folder, tried, refusal, monkeypatch):
+def test_a_refusal_is_explained_and_changes_nothing(hub, folder, tested, refusal, monkeypatch):
     part, status, message = REFUSALS[refusal]
-    refusing(hub, part, status)
-    with pytest.raises(SystemExit, match=rf"{message}(.*\n)+Nothing is published: main of user/tiny is as it was"):
+    refuse(hub, part, status)
+    with pytest.raises(SystemExit, match=rf"{message}(.*\n)+.*othing is published"):
         run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1.0")
     if "user/tiny" in hub.repos:
-        repo = hub.repos["user/tiny"]
-        assert set(repo.branches) == {"main"} and list(repo.commits[repo.branches["main"]]) == [".gitattributes"]
+        assert set(main_files(hub)) == {".gitattributes"} and set(statuses(hub)) <= {"closed"}
 
 
-def test_a_token_in_a_servers_answer_is_not_repeated(hub, folder, tried, monkeypatch):
-    refusing(hub, "repos/create", 403, f"{TOKEN} is too weak")
+def test_a_token_in_a_servers_answer_is_not_repeated(hub, folder, tested, monkeypatch):
+    refuse(hub, "repos/create", 403, f"{TOKEN} is too weak")
     with pytest.raises(SystemExit, match="<token> is too weak"):
         run(monkeypatch, "user/tiny", "--folder", folder)
 
 
-def test_without_token_or_network_there_is_one_line_that_says_so(hub, folder, tried, monkeypatch):
+def test_without_token_or_network_the_message_says_so(hub, folder, tested, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(SystemExit, match="no token for the Hub: log in with `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(SystemExit, match="no token found(.*\n)*.*hf auth login"):
         run(monkeypatch, "user/tiny", "--folder", folder)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(SystemExit, match="unset the `HF_HUB_OFFLINE`"):
         run(monkeypatch, "user/tiny", "--folder", folder)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SystemExit, match="cannot be reached .* look at the network and at HF_ENDPOINT"):
+    with pytest.raises(SystemExit, match="cannot be reached .* Check the network and HF_ENDPOINT"):
         run(monkeypatch, "user/tiny", "--folder", folder)
     assert hub.requests == []
 
 
-def test_who_else_moves_main_meanwhile_is_not_overwritten(hub, folder, tried, monkeypatch):
-    def move(line: str) -> None:
-        if "/commit/main" in line:
-            repo = hub.repos["user/tiny"]
-            repo.commit(
-                "main",
-                {**repo.commits[repo.branches["main"]], "theirs.md": repo.commits[repo.branches["main"]][".gitattributes"]},
-            )
-
-    hub.before_request = move
-    with pytest.raises(SystemExit, match="main of user/tiny has moved meanwhile"):
+def test_a_commit_of_someone_else_during_the_test_is_not_merged_with(hub, folder, monkeypatch):
+    monkeypatch.setattr(publish, "load_back", lambda *arguments: change_main(hub, "theirs.md"))
+    with pytest.raises(SystemExit, match="main of user/tiny has changed meanwhile(.*\n)+Nothing is published"):
         run(monkeypatch, "user/tiny", "--folder", folder)
-    repo = hub.repos["user/tiny"]
-    assert set(repo.commits[repo.branches["main"]]) == {".gitattributes", "theirs.md"} and set(repo.branches) == {"main"}
+    assert set(main_files(hub)) == {".gitattributes", "theirs.md"} and statuses(hub) == ["closed"]
 
 
-def test_publishing_again_removes_what_is_gone_and_does_nothing_where_nothing_changed(hub, folder, tried, monkeypatch):
+def test_a_commit_of_someone_else_just_before_the_merge_is_reported(hub, folder, tested, monkeypatch):
+    on_request(hub, "/merge", lambda: change_main(hub, "theirs.md"))
+    with pytest.raises(SystemExit, match="holds other files than those tested. See http.*/user/tiny/commits/main"):
+        run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1.0")
+    assert {"theirs.md", "config.json"} <= set(main_files(hub)) and not hub.repos["user/tiny"].tags
+
+
+def test_a_file_of_someone_else_is_not_overwritten(hub, folder, tested, monkeypatch):
+    on_request(hub, "/merge", lambda: change_main(hub, "config.json"))
+    with pytest.raises(SystemExit, match=r"answers 409 \(config.json conflicts with main.\)"):
+        run(monkeypatch, "user/tiny", "--folder", folder)
+    assert set(main_files(hub)) == {".gitattributes", "config.json"} and statuses(hub) == ["closed"]
+
+
+def test_publishing_again_removes_what_is_gone_and_does_nothing_where_nothing_changed(hub, folder, tested, monkeypatch):
     (folder / "old.md").write_text("gone tomorrow")
     run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1")
     (folder / "old.md").unlink()
@@ -232,29 +255,27 @@ def test_publishing_again_removes_what_is_gone_and_does_nothing_where_nothing_ch
     repo = hub.repos["user/tiny"]
     first, second = (repo.commits[repo.tags[name]] for name in ("v1", "v2"))
     assert set(first) - set(second) == {"old.md"} and ".gitattributes" in second
-    run(monkeypatch, "user/tiny", "--folder", folder)
-    assert repo.branches == {"main": repo.tags["v2"]}
+    run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v2-again")
+    assert repo.branches["main"] == repo.tags["v2"] == repo.tags["v2-again"] and statuses(hub) == ["merged"] * 2
 
 
-def test_a_taken_tag_a_public_repository_and_another_models_are_refused(hub, folder, tried, monkeypatch):
+def test_a_taken_tag_a_public_repository_and_another_models_are_refused(hub, folder, tested, monkeypatch):
     run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1")
     before = hub.repos["user/tiny"].branches["main"]
-    with pytest.raises(SystemExit, match="has the tag v1 already: choose another, or delete it with"):
+    with pytest.raises(SystemExit, match="has the tag v1 already. Choose another, or delete it with"):
         run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1")
-    with pytest.raises(SystemExit, match="user/tiny is public: make it private in its settings, or leave out --private"):
+    with pytest.raises(SystemExit, match="user/tiny is public. Make it private in its settings, or leave out --private"):
         run(monkeypatch, "user/tiny", "--folder", folder, "--private")
     repo = hub.repos["user/tiny"]
     other = repo.commit("main", {"pytorch_model.gguf": repo.commits[before]["config.json"]})
-    with pytest.raises(SystemExit, match=r"holds something else .*: choose another name"):
+    with pytest.raises(SystemExit, match=r"holds something else .* Choose another name"):
         run(monkeypatch, "user/tiny", "--folder", folder)
-    assert repo.branches == {"main": other}
+    assert repo.branches["main"] == other and statuses(hub) == ["merged"]
 
 
-def test_a_tag_that_fails_last_is_told_apart_from_a_release_that_failed(hub, folder, tried, monkeypatch):
-    refusing(hub, "/tag/", 403)
-    with pytest.raises(
-        SystemExit, match="main holds the release, without its tag. Tag it with: hf repos tag create"
-    ) as said:
+def test_a_tag_that_fails_last_is_told_apart_from_a_release_that_failed(hub, folder, tested, monkeypatch):
+    refuse(hub, "/tag/", 403)
+    with pytest.raises(SystemExit, match="main holds the release, without its tag. .* hf repos tag create") as said:
         run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1")
     assert hub.repos["user/tiny"].branches["main"] in str(said.value)
 
@@ -264,86 +285,140 @@ def test_a_tag_that_fails_last_is_told_apart_from_a_release_that_failed(hub, fol
 
 def test_a_dry_run_lists_everything_and_sends_nothing(hub, folder, monkeypatch, capsys):
     before = sorted(folder.rglob("*"))
-    run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1.0", "--dry-run")
+    dry_run(monkeypatch, folder)
     printed = capsys.readouterr().out
-    listed = {line.split()[1] for line in printed.splitlines() if line[:12].strip().replace(",", "").isdigit()}
-    assert listed == OWN | {"bytes"} and "one commit, tagged v1.0. Nothing was sent." in printed
-    assert "token.json" in printed and f"{(folder / 'model.safetensors').stat().st_size:,}  model.safetensors" in printed
+    assert {line.split()[1] for line in printed.splitlines()} == OWN | {"bytes"} and "Nothing was sent." in printed
+    assert f"{(folder / 'model.safetensors').stat().st_size:,}  model.safetensors" in printed
     assert hub.requests == [] and sorted(folder.rglob("*")) == before
 
 
+def test_what_changes_after_the_check_is_not_sent(hub, folder, tested, monkeypatch):
+    (folder / "notes.md").write_text("as it was checked")
+    on_request(hub, "whoami", lambda: (folder / "notes.md").write_text(f"log in with {TOKEN}"))
+    run(monkeypatch, "user/tiny", "--folder", folder)
+    assert main_files(hub)["notes.md"] == b"as it was checked"
+
+
 @pytest.mark.parametrize("name", ["tiny", "user/a/b", "user/-x", "user/a b", "user/a--b", "../tiny", ""])
-def test_an_ill_formed_name_is_refused(folder, name):
+def test_an_ill_formed_name_is_refused(name):
     with pytest.raises(PublishError, match=f"USER/NAME is '{name}'"):
-        prepare(folder, name)
+        publish.check_names(name, None)
 
 
-@pytest.mark.parametrize("tag", ["", "main", "a b", "-x", "a..b", "x.lock", "a/b", "é"])
-def test_an_ill_formed_tag_is_refused(folder, tag):
+@pytest.mark.parametrize("tag", ["", "main", "a b", "-x", "a..b", "x.lock", "a/b", "é", "v1."])
+def test_an_ill_formed_tag_is_refused(tag):
     with pytest.raises(PublishError, match="--revision is .* such as v1.0"):
-        prepare(folder, "user/tiny", tag)
+        publish.check_names("user/tiny", tag)
 
 
-def test_a_bad_folder_is_not_published(folder):
+def test_a_bad_folder_is_not_published(folder, monkeypatch):
     (folder / "heads/model.safetensors").unlink()
-    (folder / "training").mkdir()
-    (folder / "training/model.pt").touch()
-    with pytest.raises(PublishError, match=r"is no good release:\n(.*\n)*.*model.pt: may hold pickled code(.*\n)+Mend it"):
-        prepare(folder, "user/tiny")
-    with pytest.raises(PublishError, match="no such folder"):
-        prepare(folder / "nowhere", "user/tiny")
+    with pytest.raises(SystemExit, match="is not ready to publish:\n(.*\n)*.*heads/model.safetensors"):
+        dry_run(monkeypatch, folder)
+    with pytest.raises(SystemExit, match="nowhere: no such folder"):
+        dry_run(monkeypatch, folder / "nowhere")
 
 
-def test_a_file_with_a_secret_stops_publishing_and_is_named_without_it(hub, folder, tried, monkeypatch):
-    (folder / "notes.md").write_text(f"log in with {TOKEN}")
+SECRETS = {  # each with the letters that its kind has; parts, so that this file holds none
+    "Hugging Face": "hf_" + "a1" * 17,
+    "GitHub": "ghp_" + "a1" * 18,
+    "GitHub, fine-grained": "github_" + "pat_" + "11ABCDEFG0aBcDeFgHiJkL_" + "a1" * 29,
+    "GitLab": "glpat" + "-" + "a1_-" * 5,
+    "OpenAI": "sk-" + "proj-" + "a1_-" * 10,
+    "Anthropic": "sk-" + "ant-" + "api03-" + "a1_-" * 10,
+    "Google": "AIza" + "a1_-B" * 7,
+    "Slack": "xoxb" + "-123456789012-1234567890123-" + "a1" * 12,
+    "AWS": "AKIA" + "A1" * 8,
+    "private key": "-----BEGIN " + "OPENSSH PRIVATE KEY-----",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("kind", SECRETS)
+def test_a_file_with_a_secret_is_named_without_it(tmp_path, kind, encoding):
+    (tmp_path / "notes.md").write_text(f'KEY="{SECRETS[kind]}"', encoding)
     with pytest.raises(PublishError, match="notes.md holds what looks like a token") as said:
-        prepare(folder, "user/tiny")
-    assert TOKEN not in str(said.value)
+        publish.refuse_secrets(tmp_path)
+    assert SECRETS[kind] not in str(said.value)
+
+
+def test_ordinary_names_are_no_secrets(tmp_path):
+    (tmp_path / "notes.md").write_text("hf_hub_download, sk-learn, task-proj-a-rather-long-folder-name, glpat-, AIza, xoxb-")
+    publish.refuse_secrets(tmp_path)
+
+
+def test_a_file_with_the_token_for_the_hub_stops_publishing(hub, folder, monkeypatch):
     (folder / "notes.md").write_text("my-own-token-of-another-form")
     monkeypatch.setenv("HF_TOKEN", "my-own-token-of-another-form")
     with pytest.raises(SystemExit, match="notes.md holds what looks like a token"):
         run(monkeypatch, "user/tiny", "--folder", folder)
+    assert hub.requests == []
 
 
-def test_of_a_checkout_what_git_tracks_goes_and_exports_too(folder):
+@pytest.mark.parametrize("name", ["README.md", "results"])
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path, name, monkeypatch):
+    (tmp_path / "results.json").write_text("mine alone")
+    (folder / name).symlink_to(tmp_path / "results.json" if name == "README.md" else tmp_path)
+    with pytest.raises(SystemExit, match=f"{name}.* is a link"):
+        dry_run(monkeypatch, folder)
+
+
+def test_of_a_checkout_what_git_tracks_goes_and_exports_too(hub, folder, tested, monkeypatch):
+    monkeypatch.setattr(publish, "check_exports", lambda snapshot: None)
     (folder / ".gitignore").write_text("/runs/\n/onnx/\n*.env\n")
-    for name in ("annotate.py", "training/a.py", "training/large.bin.txt", "onnx/model.onnx", "runs/optimizer.pt", "new.py"):
+    for name in (
+        "annotate.py",
+        "training/a.py",
+        "data/a.csv",
+        "onnx/model.onnx",
+        "runs/optimizer.pt",
+        ".ci/run",
+        "new.py",
+        "old.py",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    (folder / "link.md").symlink_to(folder.parent)
     git = ["git", "-C", str(folder)]
     subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "add", ".", ":!new.py"], check=True)
-    files, left_out = select(folder)
-    sources = {"annotate.py", "training/a.py", "training/large.bin.txt", ".gitignore", "onnx/model.onnx"}
-    assert set(files) == OWN | sources
-    assert {"new.py", "token.json", "data.parquet", "checkpoint-5/trainer_state.json"} <= set(left_out)
-    assert prepare(folder, "user/tiny").files == files, "pickles that git ignores are not in the way"
+    subprocess.run(
+        [*git, "add", ".", ":!new.py", ":!token.json", ":!data.parquet", ":!checkpoint-5", ":!.cache"], check=True
+    )
+    (folder / "old.py").unlink()
+    run(monkeypatch, "user/tiny", "--folder", folder)
+    sources = {"annotate.py", "training/a.py", "data/a.csv", ".gitignore", "onnx/model.onnx", ".ci/run"}
+    assert set(main_files(hub)) == OWN | sources | {".gitattributes"}
 
 
-def test_every_tracked_file_of_this_repository_is_published():
+def test_a_checkout_that_git_cannot_read_is_refused(folder, monkeypatch):
+    (folder / ".git").mkdir()
+    with pytest.raises(SystemExit, match="git cannot list its files"):
+        dry_run(monkeypatch, folder)
+
+
+def test_this_repository_can_be_published(monkeypatch, capsys):
     if not (ROOT / ".git").exists():
         pytest.skip("no git checkout")
-    tracked = set(publish.git_files(ROOT)) - {".gitattributes"}
-    assert {name for name in tracked if (ROOT / name).exists()} <= set(prepare(ROOT, "user/name", "v1.0").files)
+    dry_run(monkeypatch, ROOT)
+    assert "  release/publish.py\n" in capsys.readouterr().out
 
 
-def test_a_card_with_results_is_rendered_and_another_left_alone(folder):
+def test_a_card_must_show_the_results(folder, monkeypatch):
     (folder / "README.md").write_text("# My own card\n")
-    assert prepare(folder, "user/tiny").card == "# My own card\n"
+    dry_run(monkeypatch, folder)
     for name in ("tasks", "release"):
         (folder / "results").mkdir(exist_ok=True)
         (folder / f"results/{name}.json").write_text('{"tasks": {}}' if name == "release" else "{}")
     (folder / "README.md").write_text("<!-- results -->\nold\n<!-- /results -->\n")
-    assert "old" not in prepare(folder, "user/tiny").card
+    with pytest.raises(SystemExit, match="README.md does not show the numbers in results/. Run: python -m release.card"):
+        dry_run(monkeypatch, folder)
     (folder / "README.md").write_text("<!-- results -->\n")
-    with pytest.raises(PublishError, match=r"README.md or results/ beside it: the document must hold"):
-        prepare(folder, "user/tiny")
+    with pytest.raises(SystemExit, match="the document must hold"):
+        dry_run(monkeypatch, folder)
 
 
 def test_other_encoders_have_their_own_files(tmp_path):
-    files, _ = select(write_release(tmp_path, "roberta", embedding_dim=None, tasks={}))
-    assert set(files) == OWN - {"2_Dense/config.json", "2_Dense/model.safetensors", "heads/model.safetensors"}
+    files = release_files(write_release(tmp_path, "roberta", embedding_dim=None, tasks={}))
+    assert set(files) == OWN - {"README.md", "2_Dense/config.json", "2_Dense/model.safetensors", "heads/model.safetensors"}
 
 
 def test_golden_answers_are_compared_with_a_little_room():
