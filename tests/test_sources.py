@@ -53,8 +53,15 @@ CONLLU = """# newdoc id = GUM_news_a
 10\tstudents\tstudent\tNOUN\tNNS\t_\t8\tconj\t_\tEntity=(4-person-new-cf4-1-sgl
 11\tof\tof\tADP\tIN\t_\t12\tcase\t_\t_
 12\tLatin\tLatin\tPROPN\tNNP\t_\t10\tnmod\t_\tEntity=(5-abstract-new-cf5-1-sgl-Latin)4)
-13\tand\tand\tCCONJ\tCC\t_\t14\tcc\t_\t_
+13\t,\t,\tPUNCT\t,\t_\t14\tpunct\t_\t_
 14\tSudoku\tSudoku\tPROPN\tNNP\t_\t12\tconj\t_\tEntity=(6-abstract-new-cf6-1-sgl)
+15\tand\tand\tCCONJ\tCC\t_\t18\tcc\t_\t_
+16\tthe\tthe\tDET\tDT\t_\t18\tdet\t_\tEntity=(7-organization-new-cf7-2,3-sgl
+17\tBank\tBank\tPROPN\tNNP\t_\t12\tconj\t_\t_
+18\tof\tof\tADP\tIN\t_\t19\tcase\t_\t_
+19\tItaly\tItaly\tPROPN\tNNP\t_\t17\tnmod\t_\tEntity=(8-place-new-cf8-1-sgl-Italy)7)
+20\tsince\tsince\tADP\tIN\t_\t21\tcase\t_\t_
+21\tMay\tMay\tPROPN\tNNP\t_\t17\tnmod\t_\tEntity=(9-time-new-cf9-1-sgl-May)
 
 # newdoc id = GUM_fiction_b
 # sent_id = GUM_fiction_b-1
@@ -307,7 +314,10 @@ def test_documents_keep_the_longer_of_two_mentions(tmp_path):
 
 def test_mentions_become_names(tmp_path):
     (row,) = convert(tmp_path, "gum_open", {"train": CONLLU})["train"]
-    assert tagged(row) == "The mayor of Rome/B-LOC did n't meet Ada/B-PER and students of Latin/B-MISC and Sudoku"
+    assert tagged(row) == (
+        "The mayor of Rome/B-LOC did n't meet Ada/B-PER and students of Latin/B-MISC , Sudoku and "
+        "the Bank/B-ORG of/I-ORG Italy/I-ORG since May"
+    )
     assert row["domain"] == "news", "and fiction is left out"
 
 

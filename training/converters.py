@@ -22,9 +22,9 @@ Files = dict[str, Path]
 Splits = dict[str, list[Row]]
 
 # Words that may stand inside a name, between two proper nouns.
-CONNECTORS = {"and", "of", "the", "de", "for", "&", "-", "'s", "’s"}
+CONNECTORS = {"and", "of", "the", "in", "at", "on", "de", "for", "&", "-", "@", "'s", "’s"}
 GUM_TYPES = {"person": "PER", "organization": "ORG", "place": "LOC"}
-GUM_NEVER_NAMES = {"time", "quantity", "event"}
+GUM_NEVER_NAMES = {"time", "quantity"}
 
 
 class SourceError(ValueError):
@@ -207,9 +207,9 @@ def document_rows(document: Any, file: str, mapping: dict[str, str]) -> list[Row
 def gum(files: Files, genres: list[str]) -> Splits:
     """Returns the sentences of GUM's documents of some genres, with the names in them.
 
-    GUM marks mentions ("the new president of France"), not names. The name of a mention is its run of proper nouns that holds
-    its head. Names of persons, organizations and places get their kind; others are MISC if GUM links them to a page of
-    Wikipedia. Of nested mentions the longer one counts.
+    GUM marks mentions ("the new president of France"), not names. A mention whose first head word is a proper noun has a
+    name: the run of proper nouns around that word. Names of persons, organizations and places get their kind; others are MISC
+    if GUM links them to a page of Wikipedia. Of nested names the longer mention's counts.
     """
     splits: Splits = {}
     for split, path in files.items():
@@ -239,11 +239,11 @@ def gum_row(block: list[str], fields: list[str], file: str) -> Row:
     kinds: list[str | None] = [None] * len(words)
     starts = set()
     for start, end, mention in sorted(mentions_of([row[9] for row in cells], fields), key=lambda x: (x[0] - x[1], x[0])):
-        for first, last in name_runs(words, is_name, start, end):
-            kind, heads = gum_kind(mention), gum_heads(mention, start)
-            if kind and heads & set(range(first, last)) and not any(kinds[first:last]):
-                kinds[first:last] = [kind] * (last - first)
-                starts.add(first)
+        kind, head = gum_kind(mention), gum_head(mention, start)
+        run = next((run for run in name_runs(words, is_name, start, end) if head in range(*run)), None)
+        if kind and run and is_name[head] and not any(kinds[slice(*run)]):
+            kinds[slice(*run)] = [kind] * (run[1] - run[0])
+            starts.add(run[0])
     return {"tokens": words, "ner_tags": to_bio(kinds, starts)}
 
 
@@ -283,9 +283,10 @@ def gum_kind(mention: dict[str, str]) -> str | None:
     return GUM_TYPES.get(etype, "MISC" if is_linked else None)
 
 
-def gum_heads(mention: dict[str, str], start: int) -> set[int]:
-    """Returns the places of a mention's head words in its sentence."""
-    return {start + int(x) - 1 for x in mention.get("minspan", "").split(",") if x.isdigit()}
+def gum_head(mention: dict[str, str], start: int) -> int:
+    """Returns the place of a mention's first head word in its sentence, -1 if none is given."""
+    first = mention.get("minspan", "").split(",")[0]
+    return start + int(first) - 1 if first.isdecimal() else -1
 
 
 # Texts with labels
