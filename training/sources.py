@@ -26,7 +26,7 @@ from urllib.parse import urljoin
 from urllib.request import Request, urlopen
 
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value, disable_progress_bars
 
 from training.converters import CONVERTERS, Row, SourceError
 from training.data import DataError, load_split
@@ -254,7 +254,7 @@ def fingerprint(data: Dataset, columns: Iterable[str]) -> str:
     columns = sorted(columns)
     inner = {column: getattr(data.features[column], "feature", data.features[column]) for column in columns}
     head = json.dumps({column: getattr(feature, "names", None) for column, feature in inner.items()})
-    values = zip(*(data[column] for column in columns), strict=True)
+    values = zip(*(data[column][:] for column in columns), strict=True)  # as lists: reading row by row is slow
     rows = sorted(json.dumps([round(x, 5) if isinstance(x, float) else x for x in row]) for row in values)
     return hashlib.sha256("\n".join([head, *rows]).encode()).hexdigest()
 
@@ -295,6 +295,7 @@ def main() -> None:
         sys.exit(str(error))
     if unknown := [name for name in args.names if name not in sources]:
         parser.error(f"no data set {', '.join(unknown)}; {args.list.name} lists {', '.join(sources)}")
+    disable_progress_bars()
     failed = []
     for name in args.names or sources:
         try:
