@@ -1,4 +1,4 @@
-.PHONY: install lint test smoke train single evaluate onnx bench experiments demo card check publish
+.PHONY: install lint test smoke data train single evaluate onnx bench experiments demo card check publish
 # A folder with local copies of the data sets; empty: they come from the Hub.
 DATA ?=
 # The starting encoder, a Hub id or a folder.
@@ -26,6 +26,10 @@ test:
 
 smoke:
 	python -m training.train training/recipes/smoke.toml --output runs/smoke
+
+# The data sets, from their original files.
+data:
+	python -m training.sources --output data
 
 # The runs that the release is made of, one after the other.
 train:

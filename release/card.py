@@ -1,7 +1,7 @@
 """Writes measured results into the card: `python -m release.card [FOLDER]` renders results/ into README.md of a release
 folder, by default of this repository. (discussion.md is written by `python -m experiments.report`.)
 
-Of the card's metadata, the data sets and the model-index are rendered; what else stands there stays. The tables between
+The data table is rendered from training/sources.toml. Of the card's metadata, the data sets and the model-index are rendered; what else stands there stays. The tables between
 markers are rendered whole, so running it again changes nothing.
 """
 
@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+
+from training.sources import data_table, read_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 _METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -229,6 +231,8 @@ def render_card(card: str, folder: Path = ROOT) -> str:
     for name, render in (("benchmarks", speed_table), ("onnx", backend_table)):
         if (folder / f"results/{name}.json").exists():
             text = fill(text, name, render(read(name, folder)))
+    if "<!-- data -->" in text:
+        text = fill(text, "data", data_table(read_sources()))
     training = read("training", folder) if (folder / "results/training.json").exists() else None
     if training:
         text = fill(text, "training", training_text(training))

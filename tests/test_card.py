@@ -65,6 +65,13 @@ def test_rendering_again_changes_nothing_and_keeps_the_models_name(folder, monke
     assert render(moved) == first and f"name: {folder.name}" in first
 
 
+def test_a_marker_for_data_gets_the_table_of_sources(folder):
+    assert "GoEmotions" not in render(folder)
+    with (folder / "README.md").open("a") as file:
+        file.write("<!-- data -->\n<!-- /data -->\n")
+    assert "| [GoEmotions](https://" in render(folder)
+
+
 def test_tasks_alone_and_together(folder):
     assert MARKERS in render(folder), "no single-task runs, no table"
     write(folder, "single_ner", {"tasks": {"ner": measured("ner", 0.8249, intervals={"f1": [0.81, 0.84]})}})

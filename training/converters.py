@@ -1,0 +1,461 @@
+"""Original files of data sets, turned into rows: one function per format, listed in `CONVERTERS`.
+
+A converter takes the files of a source by their names in sources.toml, and the source's options. It returns the rows of each
+split ("train", "validation", "test"), with names for labels. What a file should not hold raises `SourceError`, which names the
+file, the row (counted from 1, as editors count lines) and the field.
+"""
+
+import csv
+import html
+import io
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+Row = dict[str, Any]
+Files = dict[str, Path]
+Splits = dict[str, list[Row]]
+
+# Words that may stand inside a name, between two proper nouns.
+CONNECTORS = {"and", "of", "the", "in", "at", "on", "de", "for", "&", "-", "@", "'s", "’s"}
+GUM_TYPES = {"person": "PER", "organization": "ORG", "place": "LOC"}
+GUM_NEVER_NAMES = {"time", "quantity"}
+
+
+class SourceError(ValueError):
+    """A source cannot be fetched or converted; the message names file, row and field, and what to do."""
+
+
+def text_of(path: Path) -> str:
+    """Returns what a text file holds.
+
+    Raises:
+        SourceError: It is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path.name}, byte {error.start}: not UTF-8; download it again.") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """Returns the lines of a text without their ends; only line feeds end a line."""
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """Returns what a JSON file holds: a `list` or a `dict`.
+
+    Raises:
+        SourceError: The file is no JSON, or holds something else.
+    """
+    try:
+        found = json.loads(text_of(path))
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path.name}, row {error.lineno}: no JSON ({error.msg}).") from error
+    if not isinstance(found, kind):
+        raise SourceError(f"{path.name}: holds a {type(found).__name__}; it must hold a {kind.__name__}.")
+    return found
+
+
+def squeeze(text: str) -> str:
+    """Returns a text with every run of white space as one blank."""
+    return " ".join(text.split())
+
+
+def row_key(text: str) -> str:
+    """Returns the eight hexadecimal digits by which source_splits.json names a text."""
+    return sha256(text.encode()).hexdigest()[:8]
+
+
+def number(value: str, where: str) -> float:
+    """Returns a field as a number.
+
+    Raises:
+        SourceError: It is none.
+    """
+    try:
+        return float(value)
+    except ValueError:
+        raise SourceError(f"{where}: {value!r} is not a number.") from None
+
+
+def lookup(mapping: dict[str, Any], value: Any, where: str) -> Any:
+    """Returns what a value of the original stands for.
+
+    Raises:
+        SourceError: The mapping has no such value.
+    """
+    if value not in mapping:
+        raise SourceError(f"{where}: {value!r} is none of {', '.join(map(str, mapping))}.")
+    return mapping[value]
+
+
+def cut(score: float, low: float, high: float) -> str:
+    """Returns "negative" for scores up to `low`, "positive" from `high`, and "neutral" between them."""
+    return "negative" if score <= low else "positive" if score >= high else "neutral"
+
+
+def to_bio(kinds: list[str | None], starts: set[int]) -> list[str]:
+    """Returns BIO tags for the kind of each token; a new entity begins where the kind changes, and at `starts`."""
+    tags, previous = [], None
+    for index, kind in enumerate(kinds):
+        begins = kind != previous or index in starts
+        tags.append("O" if kind is None else ("B-" if begins else "I-") + kind)
+        previous = kind
+    return tags
+
+
+# Named entities
+
+
+def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains: bool = False) -> Splits:
+    """Returns the sentences of files with one token a line and blank lines between sentences: CoNLL, IOB2.
+
+    Args:
+        files: Named "train", or "train/politics" for the domain "politics".
+        token: Column of the token, from 0; columns are separated by tabs.
+        tag: Column of the tag, in BIO.
+        mapping: The kinds of entities, and what each becomes; "O" is no entity.
+        domains: Whether rows have a `domain`.
+    """
+    splits: Splits = {}
+    for name, path in files.items():
+        split, _, domain = name.partition("/")
+        for sentence in sentences(path, max(token, tag) + 1):
+            words = [cells[token] for _, cells in sentence]
+            places = [f"{path.name}, row {row}, column {tag + 1}" for row, _ in sentence]
+            tags = bio_tags([cells[tag] for _, cells in sentence], mapping, places)
+            splits.setdefault(split, []).append(
+                {"tokens": words, "ner_tags": tags, **({"domain": domain} if domains else {})}
+            )
+    return splits
+
+
+def sentences(path: Path, width: int) -> Iterator[list[tuple[int, list[str]]]]:
+    """Yields each sentence of a column file as its rows: line number and cells. Lines that begin with "# " are comments.
+
+    Raises:
+        SourceError: A row has fewer than `width` columns.
+    """
+    sentence = []
+    for row, line in enumerate([*lines_of(text_of(path)), ""], 1):
+        if line.startswith("# "):
+            continue
+        cells = line.split("\t")
+        if line.strip() and len(cells) < width:
+            raise SourceError(f"{path.name}, row {row}: {len(cells)} columns; there must be at least {width}.")
+        if line.strip():
+            sentence.append((row, cells))
+        elif sentence:
+            yield sentence
+            sentence = []
+
+
+def bio_tags(tags: list[str], mapping: dict[str, str], places: list[str]) -> list[str]:
+    """Returns a sentence's BIO tags with other kinds; an entity without its `B-` gets one."""
+    kinds: list[str | None] = []
+    for tag, where in zip(tags, places, strict=True):
+        prefix, _, kind = tag.partition("-")
+        if tag != "O" and prefix not in ("B", "I"):
+            raise SourceError(f"{where}: the tag {tag!r} is neither O nor B-… nor I-….")
+        found = "O" if tag == "O" else lookup(mapping, kind, where)
+        kinds.append(None if found == "O" else found)
+    return to_bio(kinds, {index for index, tag in enumerate(tags) if tag.startswith("B-")})
+
+
+def docred(files: Files, mapping: dict[str, str], splits: dict[str, list[str]]) -> Splits:
+    """Returns the sentences of Re-DocRED's documents; `splits` names those of the file "train" that are for validation."""
+    found = {
+        name: [row for document in read_json(path, list) for row in document_rows(document, path.name, mapping)]
+        for name, path in files.items()
+    }
+    listed = set(splits["validation"])
+    is_listed = [row_key(" ".join(row["tokens"])) in listed for row in found["train"]]
+    train = [row for row, yes in zip(found["train"], is_listed, strict=True) if not yes]
+    validation = [row for row, yes in zip(found["train"], is_listed, strict=True) if yes]
+    return {"train": train, "validation": validation, "test": found["test"]}
+
+
+def document_rows(document: Any, file: str, mapping: dict[str, str]) -> list[Row]:
+    """Returns the sentences of one document; of mentions that overlap, the longer one counts."""
+    where = f"{file}, document {document.get('title')!r}" if isinstance(document, dict) else file
+    try:
+        words = [list(sentence) for sentence in document["sents"]]
+        mentions = [(x["sent_id"], *x["pos"], x["type"]) for entity in document["vertexSet"] for x in entity]
+    except (KeyError, TypeError) as error:
+        raise SourceError(f"{where}: no sentences and entities in the fields sents and vertexSet ({error!r}).") from error
+    kinds: list[list[str | None]] = [[None] * len(sentence) for sentence in words]
+    starts: list[set[int]] = [set() for _ in words]
+    for sentence, start, end, kind in sorted(mentions, key=lambda x: (x[1] - x[2], x[:2])):
+        if not (0 <= sentence < len(words) and 0 <= start < end <= len(words[sentence])):
+            raise SourceError(f"{where}, field pos: tokens {start} to {end} of sentence {sentence} do not exist.")
+        new = lookup(mapping, kind, f"{where}, field type")
+        if new != "O" and not any(kinds[sentence][start:end]):
+            kinds[sentence][start:end] = [new] * (end - start)
+            starts[sentence].add(start)
+    return [
+        {"tokens": tokens, "ner_tags": to_bio(*tags)} for tokens, *tags in zip(words, kinds, starts, strict=True) if tokens
+    ]
+
+
+def gum(files: Files, genres: list[str]) -> Splits:
+    """Returns the sentences of GUM's documents of some genres, with the names in them.
+
+    GUM marks mentions ("the new president of France"), not names. A mention whose first head word is a proper noun has a
+    name: the run of proper nouns around that word. Names of persons, organizations and places get their kind; others are MISC
+    if GUM links them to a page of Wikipedia. Of nested names the longer mention's counts.
+    """
+    splits: Splits = {}
+    for split, path in files.items():
+        domain, fields = "", []
+        block: list[str] = []
+        for line in [*lines_of(text_of(path)), ""]:
+            if line.startswith("# newdoc id = "):
+                domain = line.split(" = ")[1].split("_")[1]
+            elif line.startswith("# global.Entity = "):
+                fields = line.split(" = ")[1].split("-")
+            elif line and not line.startswith("#"):
+                block.append(line)
+            elif not line and block:
+                if domain in genres:
+                    splits.setdefault(split, []).append({**gum_row(block, fields, path.name), "domain": domain})
+                block = []
+    return splits
+
+
+def gum_row(block: list[str], fields: list[str], file: str) -> Row:
+    """Returns one sentence of a CoNLL-U file, given the field names of its mentions."""
+    cells = [line.split("\t") for line in block]
+    if short := [line for line, row in zip(block, cells, strict=True) if len(row) != 10]:
+        raise SourceError(f"{file}: {short[0]!r:.60} has {short[0].count(chr(9)) + 1} columns; CoNLL-U has 10.")
+    cells = [row for row in cells if row[0].isdigit()]
+    words, is_name = [row[1] for row in cells], [row[4] in ("NNP", "NNPS") for row in cells]
+    kinds: list[str | None] = [None] * len(words)
+    starts = set()
+    for start, end, mention in sorted(mentions_of([row[9] for row in cells], fields), key=lambda x: (x[0] - x[1], x[0])):
+        kind, head = gum_kind(mention), gum_head(mention, start)
+        run = next((run for run in name_runs(words, is_name, start, end) if head in range(*run)), None)
+        if kind and run and is_name[head] and not any(kinds[slice(*run)]):
+            kinds[slice(*run)] = [kind] * (run[1] - run[0])
+            starts.add(run[0])
+    return {"tokens": words, "ner_tags": to_bio(kinds, starts)}
+
+
+def mentions_of(column: list[str], fields: list[str]) -> list[tuple[int, int, dict[str, str]]]:
+    """Returns first token, end and fields of each mention in a sentence's last column, such as `Entity=(4-place-new-…)`."""
+    found, open_at = [], {}
+    for index, cell in enumerate(column):
+        entity = next((x.removeprefix("Entity=") for x in cell.split("|") if x.startswith("Entity=")), "")
+        for opens, closes, closed in re.findall(r"\(([^()]+)(\)?)|([^()]+)\)", entity):
+            if opens:
+                mention = dict(zip(fields, opens.split("-"), strict=False))
+                open_at.setdefault(opens.split("-")[0], []).append((index, mention))
+            if (name := closed or (opens.split("-")[0] if closes else "")) and open_at.get(name):
+                start, mention = open_at[name].pop()
+                found.append((start, index + 1, mention))
+    return found
+
+
+def name_runs(words: list[str], is_name: list[bool], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yields first token and end of the runs of proper nouns between two places, with connectors inside."""
+    first = last = None
+    for index in range(start, end):
+        if is_name[index]:
+            first = index if first is None else first
+            last = index + 1
+        elif first is not None and words[index].lower() not in CONNECTORS:
+            yield first, last
+            first = None
+    if first is not None:
+        yield first, last
+
+
+def gum_kind(mention: dict[str, str]) -> str | None:
+    """Returns the kind of a mention's name, None if it counts as none."""
+    etype = mention.get("etype", "")
+    is_linked = bool(mention.get("identity")) and etype not in GUM_NEVER_NAMES
+    return GUM_TYPES.get(etype, "MISC" if is_linked else None)
+
+
+def gum_head(mention: dict[str, str], start: int) -> int:
+    """Returns the place of a mention's first head word in its sentence, -1 if none is given."""
+    first = mention.get("minspan", "").split(",")[0]
+    return start + int(first) - 1 if first.isdecimal() else -1
+
+
+# Texts with labels
+
+VADER_FILES = {
+    "product": "amazonReviewSnippets_GroundTruth.txt",
+    "movie": "movieReviewSnippets_GroundTruth.txt",
+    "news_editorial": "nytEditorialSnippets_GroundTruth.txt",
+    "tweet": "tweets_GroundTruth.txt",
+}
+
+
+def vader(files: Files, splits: dict[str, list[str]]) -> Splits:
+    """Returns the snippets of VADER's archive, with the raters' mean as a share of 4 and cut at ±0.5 of 4.
+
+    Of texts that have the same letters and digits, the first counts. `splits` names documents as "domain/number"; what it does
+    not name is for training, but for movie snippets, most of which are left out.
+    """
+    place = {key: split for split, keys in splits.items() for key in keys}
+    found: Splits = {"train": [], "validation": [], "test": []}
+    seen = set()
+    for domain, file in VADER_FILES.items():
+        for row, line in enumerate(read_archive(files["archive"], file), 1):
+            cells = line.split("\t", 2)
+            if len(cells) != 3:
+                raise SourceError(f"{file}, row {row}: {len(cells)} columns; there must be 3: number, rating, text.")
+            text, rating = squeeze(html.unescape(cells[2])), number(cells[1], f"{file}, row {row}, column rating")
+            key = f"{domain}/{cells[0].split('_')[0]}"
+            split = place.get(key, None if domain == "movie" else "train")
+            letters = re.sub(r"[^a-z0-9]+", "", text.lower())
+            if split and letters not in seen:
+                found[split].append({"text": text, "label": cut(rating, -0.5, 0.5), "score": rating / 4, "domain": domain})
+                seen.add(letters)
+    return found
+
+
+def read_archive(path: Path, file: str) -> list[str]:
+    """Returns the lines of one file of a tar or zip archive, whatever folder it lies in there.
+
+    Raises:
+        SourceError: The archive cannot be read, or holds no such file.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                content = {PurePosixPath(name).name: name for name in archive.namelist()}
+                text = archive.read(content[file]).decode()
+        else:
+            with tarfile.open(path) as archive:
+                content = {PurePosixPath(name).name: name for name in archive.getnames()}
+                text = archive.extractfile(content[file]).read().decode()
+    except KeyError:
+        raise SourceError(f"{path.name}: no file {file}; it holds {', '.join(content)}.") from None
+    except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise SourceError(f"{path.name}: cannot be read as an archive ({error}); download it again.") from error
+    return lines_of(text)
+
+
+def emobank(files: Files) -> Splits:
+    """Returns the texts of EmoBank with at least two words, their valence cut at 2.7 and 3.3 of 5."""
+    genres = {
+        cells[0]: cells[2] for cells in (line.split("\t") for line in lines_of(text_of(files["genres"]))) if len(cells) > 2
+    }
+    names = {"train": "train", "dev": "validation", "test": "test"}
+    found: Splits = {"train": [], "validation": [], "test": []}
+    reader = csv.DictReader(io.StringIO(text_of(files["ratings"]), newline=""))
+    for cells in reader:
+        where = f"{files['ratings'].name}, row {reader.line_num}"
+        if missing := [x for x in ("id", "split", "V", "A", "D", "text") if cells.get(x) is None]:
+            raise SourceError(f"{where}: no field {', '.join(missing)}.")
+        ratings = [number(cells[x], f"{where}, field {x}") for x in "VAD"]
+        split = lookup(names, cells["split"], f"{where}, field split")
+        if len(re.findall(r"[A-Za-z]{2,}", cells["text"])) >= 2:
+            values = dict(zip(("valence", "arousal", "dominance"), ratings, strict=True))
+            if cells["id"] not in genres:
+                raise SourceError(f"{where}, field id: {cells['id']!r} is not in {files['genres'].name}.")
+            label, domain = cut(ratings[0], 2.7, 3.3), genres[cells["id"]]
+            found[split].append({"text": squeeze(cells["text"]), "label": label, **values, "domain": domain})
+    return found
+
+
+def newsmtsc(files: Files, splits: dict[str, list[str]]) -> Splits:
+    """Returns the sentences of NewsMTSC with the first of their targets; those whose targets differ in sentiment are left out.
+
+    `splits` names the sentences of its training file that are for validation.
+    """
+    listed, found = set(splits["validation"]), {"train": [], "validation": [], "test": []}
+    test = news_rows(files["archive"], "devtest_rw.jsonl")
+    for row in news_rows(files["archive"], "train.jsonl"):
+        found["validation" if row_key(row["text"]) in listed else "train"].append(row)
+    return {**found, "test": test}
+
+
+def news_rows(archive: Path, file: str) -> list[Row]:
+    """Returns each sentence of one file of NewsMTSC once."""
+    labels = {2.0: "negative", 4.0: "neutral", 6.0: "positive"}
+    by_text: dict[str, list[Row]] = {}
+    for row, line in enumerate(read_archive(archive, file), 1):
+        where = f"{file}, row {row}"
+        try:
+            record = json.loads(line)
+            text, targets = (
+                squeeze(record["sentence_normalized"]),
+                [(x["polarity"], x["mention"]) for x in record["targets"]],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise SourceError(f"{where}: no sentence_normalized with targets ({error!r}).") from error
+        for polarity, mention in targets:
+            label = lookup(labels, polarity, f"{where}, field polarity")
+            by_text.setdefault(text, []).append({"text": text, "label": label, "target": mention})
+    return [rows[0] for rows in by_text.values() if len({row["label"] for row in rows}) == 1]
+
+
+def goemotions(files: Files) -> Splits:
+    """Returns the comments of GoEmotions with the numbers of all their labels; the files hold text, label numbers and an id."""
+    splits: Splits = {}
+    for split, path in files.items():
+        for row, line in enumerate(lines_of(text_of(path)), 1):
+            cells, where = line.split("\t"), f"{path.name}, row {row}"
+            if len(cells) != 3:
+                raise SourceError(f"{where}: {len(cells)} columns; there must be 3: text, labels, id.")
+            if not all(x.isdecimal() for x in cells[1].split(",")):
+                raise SourceError(f"{where}, column labels: {cells[1]!r}; there must be numbers with commas between them.")
+            splits.setdefault(split, []).append({"text": cells[0], "labels": [int(x) for x in cells[1].split(",")]})
+    return splits
+
+
+def goemotions_groups(files: Files, numbered: list[str], groups: dict[str, list[str]]) -> Splits:
+    """Returns the comments of GoEmotions whose labels all belong to one group, with that group.
+
+    Args:
+        files: The files, by split.
+        numbered: The labels, in the order of their numbers.
+        groups: The labels of each group.
+    """
+    by_label = {label: group for group, members in groups.items() for label in members}
+    group_of = {number: by_label[label] for number, label in enumerate(numbered)}
+    splits: Splits = {}
+    for split, rows in goemotions(files).items():
+        for index, row in enumerate(rows, 1):
+            where = f"{files[split].name}, row {index}, column labels"
+            found = {lookup(group_of, number, where) for number in row["labels"]}
+            if len(found) == 1:
+                splits.setdefault(split, []).append({"text": row["text"], "label": found.pop()})
+    return splits
+
+
+def clinc(files: Files) -> Splits:
+    """Returns the questions of CLINC150 with their intents; those out of scope come last in each split."""
+    (path,) = files.values()
+    found, names = read_json(path, dict), {"train": "train", "validation": "val", "test": "test"}
+    splits: Splits = {}
+    for split, part in names.items():
+        for field in (part, f"oos_{part}"):
+            pairs = found.get(field)
+            if not isinstance(pairs, list) or not all(isinstance(x, list) and len(x) == 2 for x in pairs):
+                raise SourceError(f"{path.name}, field {field}: must be a list of pairs, text and intent.")
+            splits.setdefault(split, []).extend({"text": text, "label": label} for text, label in pairs)
+    return splits
+
+
+CONVERTERS: dict[str, Callable[..., Splits]] = {
+    "clinc": clinc,
+    "columns": columns,
+    "docred": docred,
+    "emobank": emobank,
+    "goemotions": goemotions,
+    "goemotions_groups": goemotions_groups,
+    "gum": gum,
+    "newsmtsc": newsmtsc,
+    "vader": vader,
+}

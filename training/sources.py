@@ -1,0 +1,312 @@
+"""Rebuilds the data sets from their original files: `python -m training.sources --output data [NAME ...]`.
+
+training/sources.toml lists where each data set comes from. A data set is downloaded, converted, compared with the rows that the
+release was trained on, and only then moved into place: a folder of parquet files that recipes read with `--data data`. What fails
+leaves nothing behind, and the others are built all the same.
+
+What is checked: addresses name a commit, so their content cannot change; the number of bytes is compared with what the server
+announces; `sha256` of a file where sources.toml gives it (only where the original file was at hand when the list was made); and
+for every split the number of rows and a fingerprint of its converted rows.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urljoin
+from urllib.request import Request, urlopen
+
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, Features, List, Value, disable_progress_bars
+
+from training.converters import CONVERTERS, Row, SourceError
+from training.data import DataError, load_split
+
+LIST = Path(__file__).with_name("sources.toml")
+# Which rows a split holds, where that was drawn once and follows from no rule: document numbers, or `row_key`s.
+SPLITS = Path(__file__).with_name("source_splits.json")
+SECONDS = 60  # without a byte, until a download counts as failed
+CHUNK = 1 << 16
+COLUMN_KINDS = ("text", "number", "tokens", "tags", "label", "labels")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from, and what it must hold.
+
+    Attributes:
+        name: Its folder.
+        title: Its name in the data table.
+        link: The page that a reader is sent to.
+        license: What its publishers allow, as they say it.
+        commercial: Whether that includes commercial use.
+        use: What this repository does with it.
+        citation: The work to cite.
+        columns: Its columns, each with one of `COLUMN_KINDS`.
+        rows: Number of rows by split.
+        labels: Label names, in order; for tags the kinds of entities, without "O" and prefixes.
+        fingerprints: `fingerprint` by split.
+        compared: The columns that fingerprints cover; empty: all.
+        hub: A Hub id as recipes write it; it needs neither files nor a converter.
+        converter: A key of `CONVERTERS`.
+        base: What the addresses of `files` begin with; it names a commit.
+        files: Addresses by the names that the converter knows.
+        sha256: The sums of files, where known.
+        options: The converter's further arguments.
+    """
+
+    name: str
+    title: str
+    link: str
+    license: str
+    commercial: bool
+    use: str
+    citation: str
+    columns: dict[str, str]
+    rows: dict[str, int]
+    labels: list[str] = field(default_factory=list)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    compared: list[str] = field(default_factory=list)
+    hub: str = ""
+    converter: str = ""
+    base: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# The list
+
+
+def read_sources(path: Path = LIST) -> dict[str, Source]:
+    """Returns the listed data sets by name.
+
+    Raises:
+        SourceError: The list is wrong; the message names everything that is.
+    """
+    try:
+        listed = tomllib.loads(path.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise SourceError(f"{path}: {error}.") from error
+    problems = [f"{path.name}, {name}: {x}" for name, entry in listed.items() for x in entry_problems(entry)]
+    if problems:
+        raise SourceError("\n".join(problems))
+    return {name: Source(name=name, **entry) for name, entry in listed.items()}
+
+
+def entry_problems(entry: dict[str, Any]) -> Iterable[str]:
+    """Yields what is wrong with one data set of the list."""
+    known = [x for x in fields(Source) if x.name != "name"]
+    required = {x.name for x in known if x.default is MISSING and x.default_factory is MISSING}
+    if missing := sorted(required - set(entry)):
+        yield f"no field {', '.join(missing)}."
+    if unknown := sorted(set(entry) - {x.name for x in known}):
+        yield f"unknown field {', '.join(unknown)}; allowed: {', '.join(x.name for x in known)}."
+    for column, kind in entry.get("columns", {}).items():
+        if kind not in COLUMN_KINDS:
+            yield f"columns.{column} is {kind!r}; allowed: {', '.join(COLUMN_KINDS)}."
+    if entry.get("hub"):
+        return
+    if entry.get("converter") not in CONVERTERS:
+        yield f"converter is {entry.get('converter')!r}; allowed: {', '.join(CONVERTERS)}; or give `hub`."
+    for name, address in entry.get("files", {}).items():
+        if not urljoin(entry.get("base", ""), address).startswith(("https://", "http://127.0.0.1:")):
+            yield f"files.{name} is {address!r}; it must begin with https://, or `base` must."
+    for name, value in entry.get("sha256", {}).items():
+        if name not in entry.get("files", {}) or not re.fullmatch("[0-9a-f]{64}", value):
+            yield f"sha256.{name} is {value!r}; it must be 64 hexadecimal digits, for one of files."
+
+
+def data_table(sources: dict[str, Source]) -> str:
+    """Returns the Markdown table of the data sets: name and link, license, rows, and what each is used for."""
+    lines = ["| data | license | rows: train / validation / test | used here |", "|---|---|---|---|"]
+    for source in sources.values():
+        counts = " / ".join(f"{source.rows[x]:,}" if x in source.rows else "–" for x in ("train", "validation", "test"))
+        allowed = "" if source.commercial else " (research only)"
+        lines.append(f"| [{source.title}]({source.link}) | {source.license}{allowed} | {counts} | {source.use} |")
+    return "\n".join(lines) + "\n"
+
+
+# Download
+
+
+def fetch(address: str, path: Path, sha256: str | None = None) -> None:
+    """Downloads a file.
+
+    Raises:
+        SourceError: The server does not give it, the connection ends early, or the content has another sum.
+    """
+    digest, count = hashlib.sha256(), 0
+    try:
+        with (
+            urlopen(Request(address, headers={"User-Agent": "training.sources"}), timeout=SECONDS) as response,
+            path.open("wb") as file,
+        ):
+            announced = response.headers.get("Content-Length")
+            while chunk := response.read(CHUNK):
+                digest.update(chunk)
+                count += file.write(chunk)
+    except HTTPError as error:
+        raise SourceError(
+            f"{address}: the server answers {error.code} ({error.reason}); correct the address in {LIST.name}."
+        ) from error
+    except (OSError, HTTPException) as error:
+        raise SourceError(f"{address}: cannot be downloaded ({error}); run the command again.") from error
+    if announced is not None and count != int(announced):
+        raise SourceError(f"{address}: the connection ended after {count} of {announced} bytes; run the command again.")
+    if sha256 and digest.hexdigest() != sha256:
+        raise SourceError(
+            f"{address}: sha256 is {digest.hexdigest()}; {LIST.name} says {sha256}. The file is not the expected one."
+        )
+
+
+# Build
+
+
+def build(source: Source, output: Path, unverified: bool = False) -> None:
+    """Makes the folder of a data set in `output`, whole or not at all.
+
+    Args:
+        source: The data set.
+        output: A folder; it is created.
+        unverified: Whether to keep rows that differ from the expected ones.
+
+    Raises:
+        SourceError: A file cannot be fetched or converted, the rows are not the expected ones, or something is there already.
+    """
+    target = output / source.name
+    if target.exists():
+        raise SourceError(f"{target} exists; remove it to build it again.")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".{source.name}.") as temporary:
+        data = from_hub(source) if source.hub else from_files(source, Path(temporary))
+        problems = differences(source, data)
+        if problems and not unverified:
+            raise SourceError("\n".join([*problems, "Use --unverified to keep these rows all the same."]))
+        folder = Path(temporary) / "folder"
+        folder.mkdir()
+        for split, rows in data.items():
+            rows.to_parquet(folder / f"{split}.parquet")
+        folder.rename(target)
+
+
+def from_hub(source: Source) -> dict[str, Dataset]:
+    """Returns the splits of a data set on the Hub, with the listed columns."""
+    try:
+        return {x: load_split(source.hub, x, source.columns).select_columns(list(source.columns)) for x in source.rows}
+    except DataError as error:
+        raise SourceError(str(error)) from error
+
+
+def from_files(source: Source, folder: Path) -> dict[str, Dataset]:
+    """Returns the splits of a data set, downloaded into a folder and converted."""
+    paths = {name: folder / address.replace("/", "-") for name, address in source.files.items()}
+    for name, address in source.files.items():
+        fetch(urljoin(source.base, address), paths[name], source.sha256.get(name))
+    drawn = json.loads(SPLITS.read_text("utf-8")).get(source.name)
+    options = {**source.options, **({"splits": drawn} if drawn else {})}
+    splits = CONVERTERS[source.converter](paths, **options)
+    return {split: to_dataset(rows, source, split) for split, rows in splits.items()}
+
+
+def features_of(source: Source) -> Features:
+    """Returns the column types of a data set."""
+    bio = ["O", *(prefix + kind for kind in source.labels for prefix in ("B-", "I-"))]
+    kinds = {
+        "text": Value("string"),
+        "number": Value("float32"),
+        "tokens": List(Value("string")),
+        "tags": List(ClassLabel(names=bio)),
+        "label": ClassLabel(names=source.labels),
+        "labels": List(ClassLabel(names=source.labels)),
+    }
+    return Features({column: kinds[kind] for column, kind in source.columns.items()})
+
+
+def to_dataset(rows: list[Row], source: Source, split: str) -> Dataset:
+    """Returns rows with label names as a data set.
+
+    Raises:
+        SourceError: A row lacks a column or has a label that is not listed.
+    """
+    features, encoded = features_of(source), []
+    for index, row in enumerate(rows):
+        try:
+            encoded.append(features.encode_example({column: row[column] for column in features}))
+        except (KeyError, ValueError) as error:
+            raise SourceError(
+                f"{source.name}, split {split}, row {index}: {error}; labels are {', '.join(source.labels)}."
+            ) from error
+    return Dataset.from_list(encoded, features=features)
+
+
+def fingerprint(data: Dataset, columns: Iterable[str]) -> str:
+    """Returns a hash of a split's columns, label names and values, whatever the order of its rows and the file format."""
+    columns = sorted(columns)
+    inner = {column: getattr(data.features[column], "feature", data.features[column]) for column in columns}
+    head = json.dumps({column: getattr(feature, "names", None) for column, feature in inner.items()})
+    values = zip(*(data[column][:] for column in columns), strict=True)  # as lists: reading row by row is slow
+    rows = sorted(json.dumps([round(x, 5) if isinstance(x, float) else x for x in row]) for row in values)
+    return hashlib.sha256("\n".join([head, *rows]).encode()).hexdigest()
+
+
+def differences(source: Source, data: dict[str, Dataset]) -> list[str]:
+    """Returns in what the splits differ from the listed numbers of rows and fingerprints."""
+    problems = []
+    for split, count in source.rows.items():
+        rows = data.get(split)
+        if rows is None or len(rows) != count:
+            problems.append(f"{source.name}, split {split}: {0 if rows is None else len(rows)} rows; there must be {count}.")
+        elif (expected := source.fingerprints.get(split)) and expected != fingerprint(
+            rows, source.compared or source.columns
+        ):
+            problems.append(
+                f"{source.name}, split {split}: {count} rows, but some are not those that the release was trained on."
+            )
+    return problems
+
+
+def read_folder(folder: Path) -> dict[str, Dataset]:
+    """Returns the splits of a folder that `build` wrote."""
+    return {path.stem: Dataset(pq.read_table(path)) for path in sorted(folder.glob("*.parquet"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="data sets of sources.toml; none: all of them")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the data sets' folders")
+    parser.add_argument(
+        "--unverified", action="store_true", help="keep rows that differ from those the release was trained on"
+    )
+    parser.add_argument("--list", type=Path, default=LIST, help="another list of sources")
+    args = parser.parse_args()
+    try:
+        sources = read_sources(args.list)
+    except SourceError as error:
+        sys.exit(str(error))
+    if unknown := [name for name in args.names if name not in sources]:
+        parser.error(f"no data set {', '.join(unknown)}; {args.list.name} lists {', '.join(sources)}")
+    disable_progress_bars()
+    failed = []
+    for name in args.names or sources:
+        try:
+            build(sources[name], args.output, args.unverified)
+            print(f"{args.output / name}: {sources[name].rows}")
+        except SourceError as error:
+            failed.append(name)
+            print(error, file=sys.stderr)
+    if failed:
+        sys.exit(f"not built: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
