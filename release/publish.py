@@ -49,7 +49,7 @@ from tests import golden, ways
 _ROOT_FILES = (
     "*.py", "*.md", "*.toml", "requirements*.txt", "constraints.txt", "Makefile", "LICENSE", "CITATION.cff", ".gitignore"
 )  # fmt: skip
-_FOLDERS = ("training", "evaluation", "release", "benchmarks", "experiments", "demo", "tests", "results", ".ci")
+_FOLDERS = ("bulk", "training", "evaluation", "release", "benchmarks", "experiments", "demo", "tests", "results", ".ci")
 _SUFFIXES = (".py", ".toml", ".md", ".txt", ".json", ".jsonl", ".csv", ".png")
 # Tokens of the Hub, of GitHub and of AWS, and private keys.
 _SECRET = re.compile(

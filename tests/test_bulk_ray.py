@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import annotate
-import bulk
+from bulk.annotator import Annotator, Settings
+from bulk.parts import Output
+from bulk.run import Progress, annotate_file
+from bulk.sources import Source
 from tests.test_bulk import elsewhere, write_texts
 
 ray = pytest.importorskip("ray")
@@ -57,11 +60,11 @@ def kill_one_worker(output: Path, killed: list[int]) -> None:
 
 def annotate_alone(release: Path, source: Path, output: Path) -> None:
     """Annotates each shard as one file. In a process of its own: on what a process did before, last bits can depend."""
-    settings = bulk.Settings(str(release), device="cpu", threads=1, tasks=["rating", "sentiment"], embedding=False)
-    annotator = bulk.Annotator(settings)
+    settings = Settings(str(release), device="cpu", threads=1, tasks=["rating", "sentiment"], embedding=False)
+    annotator = Annotator(settings)
     for path in source.iterdir():
-        rows = bulk.Source(str(path), "jsonl", "text").rows()
-        bulk.annotate_file(rows, output / f"{path.stem}.parquet", annotator, {}, bulk.Progress())
+        rows = Source(str(path), "jsonl", "text").rows()
+        annotate_file(rows, Output(output / f"{path.stem}.parquet"), annotator, {}, Progress())
 
 
 def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, release, tmp_path):
@@ -80,7 +83,7 @@ def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, relea
         alone, written = tmp_path / f"{shard}.parquet", output / f"{shard}.jsonl.parquet"
         assert written.read_bytes() == alone.read_bytes()
         rejects = output / "_rejects" / f"{shard}.jsonl.parquet.rejects.jsonl"
-        assert rejects.read_bytes() == bulk.rejects_file(alone).read_bytes()
+        assert rejects.read_bytes() == Output(alone).rejects.read_bytes()
 
     times = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     (output / "2.jsonl.parquet").unlink()
@@ -99,8 +102,8 @@ def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_written(run, tm
     write_texts(tmp_path / "in/good.jsonl", 30)
     (tmp_path / "in/bad.parquet").write_bytes(b"PAR1 no")
     code, err = run("--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert code == 1 and "1 of 2 shards failed; bad.parquet: --input" in err and "is no readable parquet file" in err
+    assert code == 1 and "1 of 2 shards failed; bad.parquet: --input" in err and "cannot be read as parquet" in err
     assert [x.name for x in (tmp_path / "out").glob("*.parquet")] == ["good.jsonl.parquet"]
     shutil.copy(tmp_path / "in/good.jsonl", tmp_path / "in/more.xyz")
     code, err = run("--input", tmp_path / "in", "--output", tmp_path / "other")
-    assert code == 1 and "say what more.xyz holds with --input-format" in err
+    assert code == 1 and "name the format of more.xyz with --input-format" in err
