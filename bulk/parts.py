@@ -93,9 +93,9 @@ class Output:
         from filelock import FileLock
 
         while True:
-            self._check_owner()
-            self.partial.mkdir(exist_ok=True)
-            with suppress(FileNotFoundError):  # another run has just ended and removed the folder
+            with suppress(FileNotFoundError, FileExistsError):  # another run has just ended and removed the folder
+                self._check_owner()
+                self.partial.mkdir(exist_ok=True)
                 return FileLock(self.partial / LOCK).acquire(timeout=0)
 
     def clear(self) -> None:
@@ -105,12 +105,15 @@ class Output:
                 path.unlink(missing_ok=True)
 
     def _check_owner(self) -> None:
-        is_folder = self.partial.is_dir() and not self.partial.is_symlink()
-        found = list(os.scandir(self.partial)) if is_folder else []
-        is_ours = is_folder and all(OWN_NAMES.fullmatch(x.name) and not (x.is_symlink() or x.is_dir()) for x in found)
-        if found:
-            is_ours &= LOCK in [x.name for x in found]
-        if os.path.lexists(self.partial) and not is_ours:
+        try:
+            found = [] if self.partial.is_symlink() else list(os.scandir(self.partial))
+            is_ours = not self.partial.is_symlink()
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            found, is_ours = [], False
+        is_ours &= not found or LOCK in [x.name for x in found]
+        if not is_ours or any(not OWN_NAMES.fullmatch(x.name) or x.is_symlink() or x.is_dir() for x in found):
             raise InputError(
                 f"--output {self.path}: the parts would go to {self.partial}, which is not a folder that annotate.py made; "
                 "choose another output, or move it away."

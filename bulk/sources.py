@@ -178,8 +178,11 @@ def _read_jsonl(stream: Iterable[str], column: str) -> Iterator[Row]:
 
 
 def _read_parquet(name: str, column: str) -> Iterator[Row]:
-    file = pyarrow.parquet.ParquetFile(sys.stdin.buffer if name == "-" else name)
+    origin = sys.stdin.buffer if name == "-" else name
+    file = pyarrow.parquet.ParquetFile(origin)
     _check_column(column, file.schema_arrow.names)
+    if pyarrow.types.is_dictionary(file.schema_arrow.field(column).type):  # read otherwise, one bad string fails the batch
+        file = pyarrow.parquet.ParquetFile(origin, read_dictionary=[column])
     for batch in file.iter_batches(CHUNK_ROWS, columns=[column]):
         for value in batch.column(0):
             try:

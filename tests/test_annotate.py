@@ -17,7 +17,6 @@ import pytest
 import annotate
 from bulk import parts, sources
 from bulk import run as bulk_run
-from bulk.parts import to_json
 from tests.conftest import ROOT, TASKS, TEXTS
 
 PARIS = "Tim loves Paris."
@@ -243,10 +242,6 @@ def test_an_existing_output_is_kept_unless_told_otherwise(run, tmp_path):
     assert code == 0 and len(records((tmp_path / "out.jsonl").read_text())) == 4
 
 
-def test_six_significant_digits():
-    assert to_json({"a": 1 / 3, "b": [2e-9 / 3], "c": None}) == '{"a": 0.333333, "b": [6.66667e-10]}'
-
-
 def unfinished_run(run, tmp_path, monkeypatch, *arguments, error: BaseException | None = None) -> tuple[Any, str]:
     """Writes two of four chunks to out.jsonl, then fails; returns exit code and message."""
     monkeypatch.setattr(sources, "CHUNK_ROWS", 1)
@@ -348,6 +343,107 @@ def test_another_model_is_another_setting(run, release, tmp_path, monkeypatch):
     assert code == 1 and "content of --model was" in err
     same = shutil.copytree(release, tmp_path / "same")
     assert run(*files, *OPTIONS, "--resume", "--model", same)[0] == 0
+
+
+def test_a_complete_output_is_only_called_so_if_input_and_settings_are_those_that_made_it(run, tmp_path):
+    write_input(tmp_path / "in.jsonl", "jsonl")
+    (tmp_path / "other.jsonl").write_text((tmp_path / "in.jsonl").read_text().replace("Paris", "Rome"))
+    output, made = ("--output", tmp_path / "out.jsonl"), tmp_path / "out.jsonl"
+    files = ("--input", tmp_path / "in.jsonl", *output)
+    assert run(*files, *OPTIONS)[0] == 0
+    record, content = tmp_path / ".out.jsonl.run.json", made.read_bytes()
+    assert json.loads(record.read_text())["rows of --input"] == 4
+    for changed, difference in [
+        (("--input", tmp_path / "other.jsonl", *OPTIONS), "sha256 of --input's rows was"),
+        (("--input", tmp_path / "in.jsonl", *OPTIONS, "--tasks", "ner"), "--tasks was ['rating', 'ner'] and is ['ner']"),
+    ]:
+        code, _, err = run(*output, *changed, "--resume")
+        assert code == 1 and difference in err and made.read_bytes() == content
+    moved = (tmp_path / "in.jsonl").rename(tmp_path / "moved.jsonl")
+    code, _, err = run("--input", moved, *output, *OPTIONS, "--resume")
+    assert code == 0 and "is complete" in err and made.read_bytes() == content, "the content counts, not the name"
+    made.write_text("of another program")
+    code, _, err = run("--input", moved, *output, *OPTIONS, "--resume")
+    assert code == 1 and "sha256 of --output was" in err
+    record.unlink()
+    code, _, err = run("--input", moved, *output, *OPTIONS, "--resume")
+    assert code == 1 and "which says how it was made, does not" in err and made.read_text() == "of another program"
+    assert names(tmp_path) == ["moved.jsonl", "other.jsonl", "out.jsonl"]
+
+
+def test_an_input_that_changed_since_the_run_was_stopped_is_refused_whatever_its_date_says(run, tmp_path, monkeypatch):
+    unfinished_run(run, tmp_path, monkeypatch, *OPTIONS)
+    source = tmp_path / "in.jsonl"
+    date = source.stat()
+    source.write_text(source.read_text().replace("Paris", "Milan"))
+    os.utime(source, ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert source.stat().st_size == date.st_size
+    code, _, err = run("--input", source, "--output", tmp_path / "out.jsonl", *OPTIONS, "--resume")
+    assert code == 1 and "sha256 of --input's rows was" in err and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("change", ["shrinks", "grows", "other rows"])
+def test_an_input_that_changes_during_the_run_gives_no_output(run, tmp_path, monkeypatch, suffix, change):
+    source, lines = tmp_path / "in.txt", [f"text {number:05}\n" for number in range(3000)]  # more than is read ahead
+    source.write_text("".join(lines))
+    changed = {"shrinks": lines[:1482], "grows": [*lines, "more\n"], "other rows": [*lines[:2990], *lines[:10]]}[change]
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(annotate, "Bar", type("Bar", (annotate.Bar,), {"add": lambda *_: overwrite(source, changed)}))
+    options = ("--input", source, "--output", tmp_path / f"out.{suffix}", "--tasks", "rating", "--no-embedding")
+    code, _, err = run(*options)
+    assert code == 1 and f"changed while it was read: 3000 rows before the run, {len(changed)} in it" in err
+    assert names(tmp_path) == ["in.txt", f"out.{suffix}.partial"]
+    code, _, err = run(*options, "--resume")
+    assert code == 1 and "sha256 of --input's rows was" in err
+    monkeypatch.setattr(annotate.Bar, "add", lambda *_: None)
+    overwrite(source, lines)
+    assert run(*options, "--resume")[0] == 0
+    resumed = (tmp_path / f"out.{suffix}").read_bytes()
+    assert run(*options, "--overwrite")[0] == 0
+    assert resumed == (tmp_path / f"out.{suffix}").read_bytes(), "no part of other rows is joined to them"
+
+
+def overwrite(path: Path, lines: list[str]) -> None:
+    """Writes a file in place, as whoever has it open sees it."""
+    with open(path, "r+") as stream:
+        stream.write("".join(lines))
+        stream.truncate()
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"], ["--resume"]])
+def test_a_folder_of_somebody_else_is_not_taken_for_ours(run, tmp_path, options):
+    write_input(tmp_path / "in.txt", "txt")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/settings.json").write_text("{}")
+    for place in ("out.jsonl.partial", "out.parquet.partial"):
+        (tmp_path / place).symlink_to("precious") if "jsonl" in place else shutil.copytree(
+            tmp_path / "precious", tmp_path / place
+        )
+        output = tmp_path / place.removesuffix(".partial")
+        code, _, err = run("--input", tmp_path / "in.txt", "--output", output, *options)
+        assert code == 2 and f"{place}, which is not a folder that annotate.py made" in err
+        assert names(tmp_path / place) == ["settings.json"] and not output.exists()
+
+
+def test_a_parquet_string_that_is_not_utf8_costs_only_its_row(run, tmp_path):
+    column = pa.array([b"one", b"bro\xffken", b"two"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "in.parquet")
+    options = ("--input", tmp_path / "in.parquet", "--tasks", "rating", "--output")
+    for output in (tmp_path / "out.parquet", tmp_path / "out.jsonl"):
+        code, _, err = run(*options, output)
+        assert code == 0 and "1 rows could not be annotated" in err
+        assert "row 1 is not valid UTF-8" in output.with_name(output.name + ".rejects.jsonl").read_text()
+    assert [x["text"] for x in pq.read_table(tmp_path / "out.parquet").to_pylist()] == ["one", None, "two"]
+
+
+def test_the_input_is_never_written_over(run, tmp_path):
+    source = tmp_path / "out.jsonl.rejects.jsonl"
+    source.write_text('{"text": "one"}\n')
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for output in (tmp_path / "out.jsonl", source, tmp_path / "link.jsonl"):
+        code, _, err = run("--input", source, "--output", output, "--overwrite")
+        assert code == 2 and "would overwrite the input" in err and source.read_text() == '{"text": "one"}\n'
 
 
 def test_rejects_are_listed_with_row_and_reason(run, tmp_path):

@@ -1,6 +1,7 @@
 """Files in parts: killed, stopped, or with several processes, the output is that of a run left alone."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ from tests.conftest import TEXTS
 WORDS = ["paris", "apple", "tim", "cook", "love", "store", "sad", "Rome", "closed", "all", "day"]
 # Real processes that start in no time: copies of one that has imported everything and computed nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.test_bulk"])
+PROCESSES.set_forkserver_preload(["tests.test_bulk_run"])
 
 
 @pytest.fixture(autouse=True)
@@ -158,9 +159,9 @@ def kill_at_every_step(release: Path, folder: Path) -> None:
 
         status = fork(killed_run)
         assert output.read_bytes() in (b"of an earlier run", expected[0])
-        if Output(output).is_unfinished() or output.read_bytes() != expected[0]:
-            assert fork(partial(write, annotator, source, output, resume=True)) == 0
-            assert contents(output) == expected, step
+        resume = Output(output).is_unfinished() or output.read_bytes() == expected[0]
+        assert fork(partial(write, annotator, source, output, resume=resume)) == 0
+        assert contents(output) == expected, step
         step += 1
     assert status == 0 and step > 30, (status, step)
 
@@ -242,17 +243,6 @@ def assert_same(one: Any, other: Any) -> None:
         assert one == (pytest.approx(other, abs=1e-4) if isinstance(one, float) else other)
 
 
-def test_a_chunk_is_bounded_in_rows_and_characters(monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 10)
-    monkeypatch.setattr(sources, "MAX_CHARACTERS", 12)
-    rows = [("a" * 6, None), ("b" * 6, None), ("c", None), (None, "is gone"), ("d", None), ("e" * 13, None)]
-    found = list(sources.chunks(rows))
-    assert [[row for row, _, _ in chunk] for chunk in found] == [[0, 1], [2, 3, 4], [5]]
-    assert found[1][1] == (3, None, "is gone")
-    assert found[2] == [(5, None, "has 13 characters, more than 12; divide the text")]
-
-
 def test_a_text_that_the_model_fails_on_is_rejected_alone_and_a_broken_model_is_no_reject():
     def run(texts: list[str]) -> list[dict[str, Any]]:
         if "bad" in texts:
@@ -268,17 +258,29 @@ def test_a_text_that_the_model_fails_on_is_rejected_alone_and_a_broken_model_is_
         annotate_chunk([(0, "one", None)], lambda texts: [1 / 0])
 
 
-def test_two_runs_do_not_write_the_same_output(release, tmp_path):
-    annotator, source = load(release, tasks=["rating"]), write_texts(tmp_path / "in.jsonl", 30)
+def start_with_others(release: Path, source: Path, output: Path, start: Any, outcomes: Any) -> None:
+    annotator = load(release, tasks=["rating"])
+    start.wait()
+    try:
+        outcomes.put(str(write(annotator, source, output)))
+    except InputError as error:
+        outcomes.put(str(error))
 
-    class Second(Progress):
-        def add(self, rows: int, tokens: int) -> None:
-            with pytest.raises(InputError, match="another process is writing"):
-                write(annotator, source, tmp_path / "out.jsonl", resume=True)
-            super().add(rows, tokens)
 
-    progress = Second()
-    assert write(annotator, source, tmp_path / "out.jsonl", progress) == 1 and progress.rows == 30
+def test_of_runs_started_together_one_writes_the_output_and_the_others_say_so(release, tmp_path):
+    source = write_texts(tmp_path / "in.jsonl", 3000)
+    start, outcomes = PROCESSES.Barrier(3), PROCESSES.Queue()
+    arguments = (release, source, tmp_path / "out.jsonl", start, outcomes)
+    processes = [PROCESSES.Process(target=start_with_others, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = sorted(outcomes.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert found[2] == "60" and all("another process is writing it" in x for x in found[:2])
+    write(load(release, tasks=["rating"]), source, tmp_path / "alone.jsonl")
+    assert contents(tmp_path / "out.jsonl") == contents(tmp_path / "alone.jsonl")
 
 
 class Events(Progress):
@@ -315,6 +317,32 @@ def test_a_worker_that_dies_is_named_and_costs_nothing_and_workers_share_the_wei
     assert 3 <= done < 40 and progress.rows == 320 - 8 * done
     write(annotator, source, tmp_path / "one.parquet")
     assert contents(output) == contents(tmp_path / "one.parquet")
+
+
+def run_out_of_space(release: Path, folder: Path) -> None:
+    """Lets files grow to fewer and fewer bytes, with which a real disk's `write` fails, then resumes without a limit."""
+    source, failures = write_texts(folder / "in.jsonl", 160), 0
+    for suffix in (".jsonl", ".parquet"):
+        annotator = load(release)
+        write(annotator, source, folder / f"whole{suffix}")
+        largest = (folder / f"whole{suffix}").stat().st_size
+        for limit in (largest - 1, largest // 2, 3000, 300, 0):
+            output = folder / f"{limit}{suffix}"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                write(annotator, source, output)
+            except OSError as error:
+                failures += error.errno == errno.EFBIG
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            assert not output.exists() and not list(folder.rglob("*.tmp"))
+            write(annotator, source, output, resume=True)
+            assert contents(output) == contents(folder / f"whole{suffix}"), (suffix, limit)
+    assert failures == 10, failures
+
+
+def test_a_disk_without_space_costs_nothing_that_was_written(release, tmp_path):
+    elsewhere(run_out_of_space, release, tmp_path)
 
 
 def run_with_workers(release: Path, source: Path, output: Path, pids: Any) -> None:

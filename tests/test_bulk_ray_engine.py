@@ -17,7 +17,7 @@ from bulk.annotator import Annotator, Settings
 from bulk.parts import Output
 from bulk.run import Progress, annotate_file
 from bulk.sources import Source
-from tests.test_bulk import elsewhere, write_texts
+from tests.test_bulk_run import elsewhere, write_texts
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
