@@ -23,7 +23,7 @@ from typing import Any
 from bulk.annotator import Annotator, Settings, annotate
 from bulk.parts import Output, to_json
 from bulk.run import Progress, annotate_file
-from bulk.sources import INPUT_FORMATS, SUFFIXES, InputError, Source, chunks
+from bulk.sources import INPUT_FORMATS, ROWS, SUFFIXES, InputError, Source, chunks
 
 COLOURS = {"PER": 35, "ORG": 36, "LOC": 32}  # ANSI; other entities are yellow, labels bold
 
@@ -234,12 +234,12 @@ def _print(args: argparse.Namespace, settings: Settings) -> int:
 
 def _write_file(args: argparse.Namespace, settings: Settings) -> int:
     source = _source(args) if args.input else None
-    expected = source.fingerprint() if source else None
+    identity = source.identity() if source else {}
     annotator = Annotator(settings.divided(args.num_workers))
-    identity = {**(source.identity(expected) if source else {}), **annotator.identity(), "--num-workers": args.num_workers}
     rows = source.rows() if source else [(text, None) for text in args.texts]
-    with Bar(expected.rows if expected else len(args.texts) or None) as bar:
-        failed = annotate_file(rows, Output(args.output), annotator, identity, bar, expected, args.resume, args.num_workers)
+    with Bar(identity.get(ROWS) if source else len(args.texts)) as bar:
+        identity |= {**annotator.identity(), "--num-workers": args.num_workers}
+        failed = annotate_file(rows, Output(args.output), annotator, identity, bar, args.resume, args.num_workers)
     if args.resume and not bar.rows:
         print(f"annotate.py: {args.output} is complete; there was nothing left to compute.", file=sys.stderr)
     return failed

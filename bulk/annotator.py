@@ -13,6 +13,7 @@ import pyarrow
 from bulk.sources import InputError, Item
 
 MODEL_FILES = ("config.json", "tokenizer*.json", "*_multitask.py", "*.safetensors", "*/*.safetensors", "onnx/*.onnx")
+PIPELINE_OPTIONS = ("revision", "device", "backend")
 LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow", "onnxruntime")
 
 Result = dict[str, Any]
@@ -43,29 +44,25 @@ class Settings:
     batch_tokens: int | None = None
     threads: int | None = None
 
-    def identity(self) -> dict[str, Any]:
-        """Returns everything that decides the results: options, content of the model, this code, library versions."""
-        names = ("revision", "device", "backend", "tasks", "batch_tokens")
-        options = {"--" + name.replace("_", "-"): getattr(self, name) for name in names}
-        return {**options, "--no-embedding": not self.embedding, "content of --model": self._content(), **_versions()}
-
     def divided(self, workers: int) -> "Settings":
         """Returns the settings for each of several processes that share the CPU."""
         import torch
 
         return self if workers == 1 else replace(self, threads=max(1, torch.get_num_threads() // workers))
 
-    def _content(self) -> str:
-        """Returns a hash of this package and of the model folder, or the commit of a model on the Hub."""
-        if not Path(self.model).is_dir():
-            from transformers import AutoConfig
 
-            return AutoConfig.from_pretrained(self.model, revision=self.revision, trust_remote_code=True)._commit_hash
-        paths = sorted(path for pattern in MODEL_FILES for path in Path(self.model).glob(pattern))
-        digest = hashlib.sha256()
-        for path in [*sorted(Path(__file__).parent.glob("*.py")), *paths]:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
+def _content(model: str, revision: str | None) -> str:
+    """Returns a hash of this package and of a model folder, or the commit of a model on the Hub."""
+    if not Path(model).is_dir():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=True)._commit_hash
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in MODEL_FILES for path in Path(model).glob(pattern)):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -89,11 +86,18 @@ class Annotator:
 
     def __init__(self, settings: Settings) -> None:
         import torch
+        from transformers import pipeline
+        from transformers.utils import logging
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        logging.disable_progress_bar()
+        given = {name: value for name in PIPELINE_OPTIONS if (value := getattr(settings, name)) is not None}
+        try:
+            self.pipe = pipeline("multitask", model=settings.model, trust_remote_code=True, **given)
+        except Exception as error:  # whatever its type, the model is what the user has to fix
+            raise InputError(f"--model {settings.model} cannot be loaded: {error}") from error
         self.settings = settings
-        self.pipe = _load_pipeline(settings)
         self.options = {name: getattr(settings, name) for name in ("tasks", "embedding", "batch_tokens")}
         self.pipe([], **self.options)  # refuses unknown tasks before any row is read
 
@@ -107,35 +111,25 @@ class Annotator:
         self.pipe.model.load_state_dict(torch.load(path, mmap=True), assign=True)
 
     def identity(self) -> dict[str, Any]:
-        """Returns everything that decides the results."""
+        """Returns everything that decides the results: options, content of the model, this code, library versions."""
         import torch
 
-        place = {"device": str(self.pipe.device), "threads of a process": torch.get_num_threads()}
-        return {**self.settings.identity(), **place}
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens read so far."""
-        return getattr(self.pipe, "tokens_seen", 0)
+        settings = self.settings
+        options = {f"--{x.replace('_', '-')}": getattr(settings, x) for x in (*PIPELINE_OPTIONS, "tasks", "batch_tokens")}
+        return {
+            **options,
+            "--no-embedding": not settings.embedding,
+            "content of --model": _content(settings.model, settings.revision),
+            "actual device": str(self.pipe.device),
+            "threads per process": torch.get_num_threads(),
+            **_versions(),
+        }
 
     def schema(self) -> pyarrow.Schema:
         """Returns the parquet schema of the results."""
         config, names = self.pipe.model.config, self.settings.tasks
         specs = {name: spec for name, spec in config.task_specs.items() if names is None or name in names}
         return results_schema(specs, (config.embedding_dim or config.hidden_size) if self.settings.embedding else None)
-
-
-def _load_pipeline(settings: Settings) -> Any:
-    from transformers import pipeline
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    given = {name: getattr(settings, name) for name in ("device", "revision", "backend")}
-    options = {name: value for name, value in given.items() if value is not None}
-    try:
-        return pipeline("multitask", model=settings.model, trust_remote_code=True, **options)
-    except Exception as error:  # whatever its type, the model is what the user has to fix
-        raise InputError(f"--model {settings.model} cannot be loaded: {error}") from error
 
 
 def results_schema(specs: dict[str, Any], embedding_dim: int | None) -> pyarrow.Schema:
@@ -177,13 +171,8 @@ def _records(texts: list[str], run: Run) -> list[Result | str]:
     """Returns the record of each text, or what went wrong with it."""
     try:
         return run(texts)
-    except Exception:
-        run(["a"])  # raises unless the texts are to blame
-        return [_record(text, run) for text in texts]
-
-
-def _record(text: str, run: Run) -> Result | str:
-    try:
-        return run([text])[0]
     except Exception as error:
-        return f"cannot be annotated: {type(error).__name__}: {error}"
+        run(["a"])  # raises unless the texts are to blame
+        if len(texts) == 1:
+            return [f"cannot be annotated: {type(error).__name__}: {error}"]
+        return [record for text in texts for record in _records([text], run)]

@@ -44,11 +44,6 @@ class Output:
         self.rejects = side / f"{path.name}.rejects.jsonl"
         self.record = side / f".{path.name}.run.json"
 
-    @property
-    def has_parts(self) -> bool:
-        """Whether at least one chunk is done."""
-        return any(self.partial.glob(f"0*{self.path.suffix}"))
-
     def is_unfinished(self) -> bool:
         """Returns whether an earlier run can be resumed.
 
@@ -57,10 +52,6 @@ class Output:
         """
         self._check_owner()
         return self.settings.exists()
-
-    def part(self, number: int, digest: str) -> Path:
-        """Returns the path of a part. The hash of the rows up to its end is in the name: other rows, another part."""
-        return self.partial / f"{number:08}-{digest[:16]}{self.path.suffix}"
 
     def count_rejects(self) -> int:
         """Returns the number of rows that could not be annotated."""
@@ -159,7 +150,7 @@ def sha256(path: Path) -> str:
 
 def write_part(part: Path, chunk: list[Item], annotator: Annotator) -> tuple[int, int]:
     """Writes the results of a chunk, its rejects first; returns the numbers of rows and tokens."""
-    before = annotator.tokens
+    before = annotator.pipe.tokens_seen
     results = annotate(chunk, annotator)
     if rejects := [{"row": x["row"], "reason": x["error"]} for x in results if x["error"]]:
         with durable(part.with_suffix(".rejects"), part.parent) as stream:
@@ -171,7 +162,7 @@ def write_part(part: Path, chunk: list[Item], annotator: Annotator) -> tuple[int
             pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), stream)
         else:
             stream.write("".join(to_json(result) + "\n" for result in results).encode())
-    return len(chunk), annotator.tokens - before
+    return len(chunk), annotator.pipe.tokens_seen - before
 
 
 def to_json(result: Result) -> str:

@@ -73,24 +73,20 @@ class Folders:
 
 
 class ShardWorker:
-    """An actor: loads the model once and annotates shards; Ray calls it with their names."""
+    """An actor: loads the model once and annotates shards; Ray calls it with one name at a time."""
 
     def __init__(self, folders: Folders, settings: Settings) -> None:
         self.folders = folders
         self.annotator = Annotator(settings)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        found = [self.annotate(str(shard)) for shard in batch["shard"]]
-        return {name: [shard[name] for shard in found] for name in found[0]}
-
-    def annotate(self, shard: str) -> dict[str, Any]:
+    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
         """Writes a shard, or what is missing of it; returns its rejects, the rows and tokens computed, and any error."""
-        source, progress, rejects, error = self.folders.source_of(shard), Progress(), 0, ""
+        shard, progress, rejects, error = row["shard"], Progress(), 0, ""
+        source = self.folders.source_of(shard)
         try:
-            expected = source.fingerprint()
-            identity = {**source.identity(expected), **self.annotator.identity()}
+            identity = {**source.identity(), **self.annotator.identity()}
             output = self.folders.output_of(shard)
-            rejects = annotate_file(source.rows(), output, self.annotator, identity, progress, expected, resume=True)
+            rejects = annotate_file(source.rows(), output, self.annotator, identity, progress, resume=True)
         except (InputError, ValueError, OSError) as problem:
             error = str(problem)
         return {"shard": shard, "rejects": rejects, "rows": progress.rows, "tokens": progress.tokens, "error": error}
@@ -115,9 +111,11 @@ def annotate_folder(
     model = str(Path(settings.model).resolve()) if Path(settings.model).is_dir() else settings.model
     settings = replace(settings, model=model, device=settings.device or "cpu", threads=1)
     shards = folders.shards()
-    Annotator(replace(settings, device="cpu"))  # refuses an unknown model or task before Ray starts
+    annotator = Annotator(replace(settings, device="cpu"))  # refuses an unknown model or task before Ray starts
     formats = {f"shard {shard}": folders.source_of(shard).file_format for shard in shards}
-    _open_folder(folders, {**settings.identity(), "--text-column": folders.column, **formats}, resume)
+    _open_folder(
+        folders, {**annotator.identity(), "--device": settings.device, "--text-column": folders.column, **formats}, resume
+    )
     rejects, failed = 0, []
     with progress_bar(len(shards), " shards") as progress:
         try:
@@ -136,7 +134,7 @@ def annotate_folder(
 def _open_folder(folders: Folders, identity: dict[str, Any], resume: bool) -> None:
     saved = folders.output / SETTINGS
     if resume and saved.exists():
-        check_identity(saved, identity)
+        check_identity("--resume", saved, identity)
     elif folders.output.exists() and any(folders.output.iterdir()):
         raise InputError(f"--output {folders.output} is not empty and holds no run to resume; choose another folder.")
     (folders.output / SIDE).mkdir(parents=True, exist_ok=True)
@@ -145,16 +143,17 @@ def _open_folder(folders: Folders, identity: dict[str, Any], resume: bool) -> No
 
 def _start_ray() -> Any:
     """Returns Ray, connected to the cluster that RAY_ADDRESS names, or else to a new one that only this machine reaches."""
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":  # Ray's switch for the loopback interface; read when Ray is imported, here and in its processes
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray.data
     except ImportError as error:
         raise InputError("--engine ray needs Ray: pip install 'ray[data]'") from error
     if not ray.is_initialized():
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        address = os.environ.get("RAY_ADDRESS")
-        where = {"address": address} if address else {"address": "local", "_node_ip_address": "127.0.0.1"}
         try:
-            ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
         except Exception as error:  # Ray has no class of its own for this
             raise InputError(f"--engine ray: Ray cannot be started or reached: {error}") from error
         for number, handler in handlers.items():
@@ -165,12 +164,11 @@ def _start_ray() -> Any:
 
 
 def _run(folders: Folders, settings: Settings, shards: list[str], workers: int) -> Iterator[dict[str, Any]]:
-    """Yields what `ShardWorker.annotate` returns for each shard, in the order in which they finish."""
+    """Yields what `ShardWorker` returns for each shard, in the order in which they finish."""
     ray = _start_ray()
-    job = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map_batches(
+    job = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
         ShardWorker,
         fn_constructor_args=(folders, settings),
-        batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(shards)), max_tasks_in_flight_per_actor=1),
         num_cpus=1,
         num_gpus=0 if settings.device == "cpu" else 1,

@@ -8,7 +8,7 @@ from typing import Any
 
 from bulk.annotator import Annotator
 from bulk.parts import Output, join, save_json, sha256, write_part
-from bulk.sources import Fingerprint, InputError, Item, Row, chunks
+from bulk.sources import ROWS, Fingerprint, InputError, Item, Row, chunks
 from bulk.workers import write_parts
 
 
@@ -26,28 +26,12 @@ class Progress:
         self.tokens += tokens
 
 
-def check_identity(saved: Path, now: dict[str, Any]) -> None:
-    """Compares the settings of a resumed run with those that the first run saved.
-
-    Raises:
-        InputError: They differ; the message names each difference.
-    """
-    then = json.loads(saved.read_text("utf-8"))
-    now = json.loads(json.dumps(now))
-    if names := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
-        changes = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
-        raise InputError(
-            f"--resume: {changes}. Use the input and settings of the first run, or start again with --overwrite."
-        )
-
-
 def annotate_file(
     rows: Iterable[Row],
     output: Output,
     annotator: Annotator,
     identity: dict[str, Any],
     progress: Progress,
-    expected: Fingerprint | None = None,
     resume: bool = False,
     workers: int = 1,
 ) -> int:
@@ -57,9 +41,9 @@ def annotate_file(
         rows: What `Source.rows` yields.
         output: Where to write. An existing output is replaced at the end, in one step.
         annotator: The model.
-        identity: What a resumed run must have in common with the first one.
+        identity: What a resumed run must have in common with the first one. If it holds what `Source.identity` returned,
+            the rows are compared with it before they become the output.
         progress: Told of every chunk.
-        expected: What `Source.fingerprint` returned; the rows must still be the same.
         resume: Whether to continue from the parts of an earlier run, if there are any; otherwise they are removed.
         workers: Number of processes that compute.
 
@@ -70,37 +54,43 @@ def annotate_file(
     with output.locked():
         if resume and output.path.exists() and not output.settings.exists():
             _check_complete(output, identity)
-            progress.skip(expected.rows if expected else 0)
+            progress.skip(identity.get(ROWS, 0))
             return output.count_rejects()
         _open(output, identity, resume)
         with _parts_kept(output):
             found = Fingerprint()
             parts = _write_parts(found, rows, output, annotator, progress, workers)
-            if expected and (found.rows, found.digest) != (expected.rows, expected.digest):
-                raise InputError(
-                    f"--input changed while it was read: {expected.rows} rows before the run, {found.rows} in it, "
-                    "with other content. Start again with --overwrite."
-                )
+            if ROWS in identity:
+                check_identity("--input changed during the run", identity, {**identity, **found.identity()})
             join(parts, output, annotator.schema())
             save_json(output.record, {**identity, "sha256 of --output": sha256(output.path)}, output.partial)
         output.settings.unlink()  # from here on, the output is complete
         return output.count_rejects()
 
 
+def check_identity(what: str, then: Path | dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises an InputError, with each difference, if two runs do not have the same input and settings."""
+    then = json.loads(then.read_text("utf-8")) if isinstance(then, Path) else then
+    now = json.loads(json.dumps(now))
+    if names := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
+        changes = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
+        raise InputError(f"{what}: {changes}. Use the input and settings of the first run, or start a new one.")
+
+
 def _check_complete(output: Output, identity: dict[str, Any]) -> None:
-    """Checks that a complete output is the result of these settings."""
+    """Checks that a complete output is the result of this input and these settings."""
     if not output.record.exists():
         raise InputError(
             f"--resume: {output.path} exists, but {output.record}, which says how it was made, does not. "
             "Choose another output, or start again with --overwrite."
         )
-    check_identity(output.record, {**identity, "sha256 of --output": sha256(output.path)})
+    check_identity("--resume", output.record, {**identity, "sha256 of --output": sha256(output.path)})
 
 
 def _open(output: Output, identity: dict[str, Any], resume: bool) -> None:
     """Checks that the run in the folder of parts can be resumed, or empties the folder for a new one."""
     if resume and output.settings.exists():
-        check_identity(output.settings, identity)
+        check_identity("--resume", output.settings, identity)
         for path in output.partial.glob("*.tmp"):
             path.unlink()
     else:
@@ -114,7 +104,7 @@ def _parts_kept(output: Output) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if output.has_parts:
+        if any(output.partial.glob(f"0*{output.path.suffix}")):
             error.add_note(f"Finished parts are kept in {output.partial}.")
         else:
             output.settings.unlink()
@@ -129,7 +119,8 @@ def _write_parts(
 
     def missing() -> Iterator[tuple[Path, list[Item]]]:
         for chunk in chunks(found.watch(rows)):
-            parts.append(output.part(len(parts), found.digest))
+            # The name holds the hash of all rows up to the end of the part: other rows, another part.
+            parts.append(output.partial / f"{len(parts):08}-{found.digest[:16]}{output.path.suffix}")
             if parts[-1].exists():
                 progress.skip(len(chunk))
             else:

@@ -18,6 +18,7 @@ SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "p
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1_000_000
 MAX_CHARACTERS = 1_000_000  # of one text; anything longer is hardly a text, and memory would not stay flat
+ROWS = "rows of --input"
 MAX_CSV_FIELD = 2**27  # characters; a missing quote makes a field run on to the end of the file
 
 Row = tuple[Any, str | None]  # the value found, and why it could not be read
@@ -29,11 +30,7 @@ class InputError(Exception):
 
 
 class Fingerprint:
-    """Counts and hashes the rows that pass through it, to tell whether an input has changed.
-
-    Attributes:
-        rows: Number of rows seen.
-    """
+    """Counts and hashes the rows that pass through it, to tell whether an input has changed."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -50,6 +47,10 @@ class Fingerprint:
     def digest(self) -> str:
         """SHA-256 of the rows seen so far, in hexadecimal."""
         return self._hash.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the number and hash of the rows seen so far."""
+        return {ROWS: self.rows, "sha256 of --input's rows": self.digest}
 
 
 @dataclass(frozen=True)
@@ -91,25 +92,21 @@ class Source:
         except (OSError, csv.Error, pyarrow.ArrowException) as error:
             raise InputError(f"--input {self.name} cannot be read as {self.file_format}: {error}") from error
 
-    def fingerprint(self) -> Fingerprint | None:
-        """Reads all rows once and returns their number and hash, or None for a stream.
+    def identity(self) -> dict[str, Any]:
+        """Returns what a resumed run must have in common with the first one; reads all rows, except those of a stream.
 
         Raises:
             InputError: The file cannot be read, or none of its rows can.
         """
+        options = {"--input-format": self.file_format, "--text-column": self.column}
         if self.is_stream:
-            return None
+            return options
         found, reason, is_readable = Fingerprint(), None, False
         for _, reason in found.watch(self.rows()):
             is_readable |= reason is None
         if found.rows and not is_readable:
             raise InputError(f"--input {self.name}: none of its {found.rows} rows can be read; the last {reason}.")
-        return found
-
-    def identity(self, found: Fingerprint | None) -> dict[str, Any]:
-        """Returns what a resumed run must have in common with the first one, given the source's fingerprint."""
-        options = {"--input-format": self.file_format, "--text-column": self.column}
-        return options | ({"rows of --input": found.rows, "sha256 of --input's rows": found.digest} if found else {})
+        return {**options, **found.identity()}
 
 
 def _refuse_other_encodings(path: str) -> None:
