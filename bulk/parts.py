@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -97,14 +98,13 @@ class Output:
 
     def _check_owner(self) -> None:
         try:
-            found = [] if self.partial.is_symlink() else list(os.scandir(self.partial))
-            is_ours = not self.partial.is_symlink()
+            is_folder = stat.S_ISDIR(os.lstat(self.partial).st_mode)
+            found = list(os.scandir(self.partial)) if is_folder else []
         except FileNotFoundError:
             return
-        except NotADirectoryError:
-            found, is_ours = [], False
-        is_ours &= not found or LOCK in [x.name for x in found]
-        if not is_ours or any(not OWN_NAMES.fullmatch(x.name) or x.is_symlink() or x.is_dir() for x in found):
+        is_marked = not found or LOCK in [x.name for x in found]
+        foreign = [x for x in found if not OWN_NAMES.fullmatch(x.name) or x.is_symlink() or x.is_dir()]
+        if not is_folder or not is_marked or foreign:
             raise InputError(
                 f"--output {self.path}: the parts would go to {self.partial}, which is not a folder that annotate.py made; "
                 "choose another output, or move it away."

@@ -8,7 +8,6 @@ the two folders, this code and a model that is a folder under the same paths.
 import logging
 import os
 import signal
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,16 +49,13 @@ class Folders:
             raise InputError(f"--input {self.source}: the folder holds no files.")
         unknown = [name for name in names if not self.file_format and Path(name).suffix.lower() not in SUFFIXES]
         if unknown:
+            known = ", ".join(INPUT_FORMATS)
             raise InputError(
-                f"--input {self.source}: name the format of {', '.join(unknown)} with --input-format "
-                f"({', '.join(INPUT_FORMATS)})."
+                f"--input {self.source}: name the format of {', '.join(unknown)} with --input-format ({known})."
             )
-        targets = defaultdict(list)
-        for name in names:
-            targets[self.output_of(name).path.name].append(name)
-        for target, sources in targets.items():
-            if len(sources) > 1:
-                raise InputError(f"--input {self.source}: {' and '.join(sources)} would both become {target}; rename one.")
+        targets = [self.output_of(name).path for name in names]
+        if clash := [name for name, target in zip(names, targets, strict=True) if targets.count(target) > 1]:
+            raise InputError(f"--input {self.source}: {', '.join(clash)} would be written to the same file; rename one.")
         return names
 
     def source_of(self, shard: str) -> Source:
@@ -78,13 +74,14 @@ class ShardWorker:
     def __init__(self, folders: Folders, settings: Settings) -> None:
         self.folders = folders
         self.annotator = Annotator(settings)
+        self.identity = self.annotator.identity()
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
         """Writes a shard, or what is missing of it; returns its rejects, the rows and tokens computed, and any error."""
         shard, progress, rejects, error = row["shard"], Progress(), 0, ""
         source = self.folders.source_of(shard)
         try:
-            identity = {**source.identity(), **self.annotator.identity()}
+            identity = {**source.identity(), **self.identity}
             output = self.folders.output_of(shard)
             rejects = annotate_file(source.rows(), output, self.annotator, identity, progress, resume=True)
         except (InputError, ValueError, OSError) as problem:

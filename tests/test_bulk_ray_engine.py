@@ -104,7 +104,7 @@ def test_two_files_of_one_target_are_refused(run, tmp_path):
     (tmp_path / "in/reviews.csv").write_text("text\none\ntwo\nthree\n")
     pq.write_table(pa.table({"text": ["four"]}), tmp_path / "in/reviews.csv.parquet")
     code, err = run("--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert code == 1 and "reviews.csv and reviews.csv.parquet would both become reviews.csv.parquet; rename one" in err
+    assert code == 1 and "reviews.csv, reviews.csv.parquet would be written to the same file; rename one" in err
     assert not (tmp_path / "out").exists()
     (tmp_path / "in/reviews.csv").rename(tmp_path / "in/more.csv")
     code, err = run("--input", tmp_path / "in", "--output", tmp_path / "out")
