@@ -3,11 +3,12 @@
     python annotate.py "Tim Cook opened Apple's new store in Paris. I love it!"
     python annotate.py --input reviews.csv --text-column review --output reviews.parquet
 
-Without --output, results go to standard output. In a file, each result carries the number of its input row; a row
-that cannot be annotated is kept, with the reason in its "error" field, and listed in OUTPUT.rejects.jsonl.
+Without --output, results are printed. In a file, each result has the number of its input row. A row that cannot be
+annotated stays in its place, with the reason in its "error" field, and is listed in OUTPUT.rejects.jsonl.
 
-A file is written in parts that survive whatever stops the run; --resume goes on from them. With --engine ray, input and
-output are folders, and the workers may be on many machines that all see them.
+Files are written in parts, and --resume continues from the parts of a run that was stopped or killed. With --engine ray,
+input and output are folders. Ray runs on this machine, or on the cluster that RAY_ADDRESS names; all of its machines must
+see both folders.
 """
 
 import argparse
@@ -19,7 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bulk
+from bulk.annotator import Annotator, Settings, annotate
+from bulk.parts import Output, to_json
+from bulk.run import Progress, annotate_file
+from bulk.sources import INPUT_FORMATS, ROWS, SUFFIXES, InputError, Source, chunks
 
 COLOURS = {"PER": 35, "ORG": 36, "LOC": 32}  # ANSI; other entities are yellow, labels bold
 
@@ -28,12 +32,12 @@ class Stopped(KeyboardInterrupt):
     """The process was asked to end (SIGTERM)."""
 
 
-class Bar(bulk.Progress):
-    """Shows on standard error how far a run is, how fast, and the time left.
+class Bar(Progress):
+    """Shows on standard error the progress of a run, its speed and the time left.
 
     Args:
-        total: How many there will be, if that is known.
-        unit: Of what; if not of texts, then `add` counts one.
+        total: Number of units to expect; None: unknown.
+        unit: What is counted; if it is not texts, each call of `add` counts one.
     """
 
     def __init__(self, total: int | None, unit: str = " texts") -> None:
@@ -49,7 +53,7 @@ class Bar(bulk.Progress):
         self.bar.close()
 
     def skip(self, rows: int) -> None:
-        self.bar.initial += rows  # so that the rate is this run's
+        self.bar.initial += rows  # the rate is this run's alone
         self.bar.update(rows)
 
     def add(self, rows: int, tokens: int) -> None:
@@ -62,7 +66,7 @@ class Bar(bulk.Progress):
 
 
 def summary(result: dict[str, Any], colour: bool) -> str:
-    """Returns a result as a few readable lines: entities in their places, labels with scores, the vector's start."""
+    """Returns a result as a few readable lines: entities marked in the text, labels with scores, the start of the vector."""
     if result["error"]:
         return result["error"]
     paint = (lambda text, code: f"\033[{code}m{text}\033[0m") if colour else (lambda text, code: text)
@@ -77,7 +81,7 @@ def summary(result: dict[str, Any], colour: bool) -> str:
         lines.append(f"{name:<12}" + "  ".join(parts))
     if "sentence_embedding" in result:
         vector = result["sentence_embedding"]
-        lines.append(f"{'embedding':<12}{len(vector)} numbers: " + " ".join(f"{x:.3f}" for x in vector[:6]) + " …")
+        lines.append(f"{'embedding':<12}{len(vector)} dimensions: " + " ".join(f"{x:.3f}" for x in vector[:6]) + " …")
     return "\n".join(lines)
 
 
@@ -93,7 +97,7 @@ def mark_entities(text: str, entities: list[dict[str, Any]], paint: Callable[[st
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the checked command line."""
+    """Parses and checks the command line; exits with a message if something is wrong."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -103,8 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         elif args.output:
             _check_output(args)
         elif args.resume or args.num_workers > 1:
-            raise bulk.InputError("--resume and --num-workers write files; say where with --output")
-    except bulk.InputError as error:
+            raise InputError("--resume and --num-workers need a file to write; name it with --output")
+    except InputError as error:
         parser.error(str(error))
     args.text_column = args.text_column or "text"
     return args
@@ -114,96 +118,101 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT")
-    add("--input", help='a csv, jsonl, parquet or text file; "-" is standard input; a folder of such files for Ray')
-    add("--input-format", choices=bulk.INPUT_FORMATS, help="default: by the file's ending; text if it says nothing")
+    add("--input", help='a csv, jsonl, parquet or text file; "-": standard input; with Ray, a folder of such files')
+    add("--input-format", choices=INPUT_FORMATS, help="default: by the file's suffix; text if it has none")
     add("--text-column", help='column or field that holds the text (default: "text")')
-    add("--output", type=Path, help="a .jsonl or .parquet file, or a folder for Ray; default: standard output")
-    add("--overwrite", action="store_true", help="replace an output file that exists, or what is there of it")
-    add("--resume", action="store_true", help="go on where an earlier run was stopped, if one was")
+    add("--output", type=Path, help="a .jsonl or .parquet file; with Ray, a folder; default: standard output")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace an existing output, or a run that was stopped")
+    existing.add_argument("--resume", action="store_true", help="continue a run that was stopped, if there is one")
     add("--json", action="store_true", help="print one JSON record per line")
     names = {"type": lambda names: [name.strip() for name in names.split(",")]}
     add("--tasks", **names, help="tasks to compute, separated by commas; default: all")
     add("--no-embedding", action="store_true", help="leave out the sentence embedding")
     model = str(Path(__file__).parent)
-    add("--model", default=model, help="folder or Hub id, whose code is run; default: this repository")
+    add("--model", default=model, help="folder or Hub id; its code is executed; default: this repository")
     add("--revision", help="commit, tag or branch of a model on the Hub")
     add("--device", help='for instance "cpu" or "cuda:0"; default: a GPU if there is one, with Ray the CPU')
     add("--backend", choices=("torch", "onnx", "onnx-int8"), help="what runs the model; default: torch")
-    add("--batch-tokens", type=int, help="tokens in one batch, padding included")
-    add("--num-workers", type=int, default=1, help="processes that compute, sharing the CPU and the weights; default: 1")
+    add("--batch-tokens", type=int, help="tokens per batch, padding included")
+    add("--num-workers", type=int, default=1, help="processes that share the CPU and the weights; default: 1")
     add("--engine", choices=("local", "ray"), default="local", help="what runs the workers (ray: pip install 'ray[data]')")
     return parser
 
 
 def _check_input(args: argparse.Namespace) -> None:
     if bool(args.texts) == bool(args.input):
-        raise bulk.InputError("give either texts or --input FILE")
+        raise InputError("give either texts or --input FILE, not both and not neither")
     if args.num_workers < 1:
-        raise bulk.InputError(f"--num-workers {args.num_workers}: at least one must work")
+        raise InputError(f"--num-workers is {args.num_workers}; it must be at least 1")
     if args.engine == "ray":
         return
     if args.input and not args.input_format:
-        ending, known = Path(args.input).suffix.lower(), ", ".join(bulk.INPUT_FORMATS)
-        if ending not in bulk.ENDINGS:
-            raise bulk.InputError(f"--input {args.input}: say what it holds with --input-format ({known})")
-        args.input_format = bulk.ENDINGS[ending]
+        suffix, known = Path(args.input).suffix.lower(), ", ".join(INPUT_FORMATS)
+        if suffix not in SUFFIXES:
+            raise InputError(f"--input {args.input}: the suffix is unknown; name the format with --input-format ({known})")
+        args.input_format = SUFFIXES[suffix]
     if args.text_column and args.input_format in (None, "text"):
-        raise bulk.InputError(
-            "--text-column needs an input of rows with columns; say which with --input-format csv, jsonl or parquet"
+        raise InputError(
+            "--text-column needs an input with columns; name its format with --input-format csv, jsonl or parquet"
         )
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    output = args.output
-    if output.suffix not in (".jsonl", ".parquet"):
-        raise bulk.InputError(f"--output {output}: the name must end in .jsonl or .parquet")
-    if not output.parent.is_dir():
-        raise bulk.InputError(f"--output {output}: there is no folder {output.parent}")
-    if output.is_dir() or (args.input and output.resolve() == Path(args.input).resolve()):
-        raise bulk.InputError(f"--output {output} is {'a folder' if output.is_dir() else 'the input'}; choose another name")
+    path, output = args.output, Output(args.output)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise InputError(f"--output {path}: the name must end in .jsonl or .parquet")
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder; choose another name")
+    written = [x.resolve() for x in (path, output.rejects, output.record)]
+    if args.input and Path(args.input).resolve() in written:
+        raise InputError(f"--output {path} would overwrite the input; choose another name")
     if args.resume and not (args.input and Path(args.input).is_file()):
-        raise bulk.InputError("--resume needs --input FILE: what is no file, such as standard input, cannot be read again")
+        raise InputError("--resume needs --input FILE; standard input and pipes cannot be read again")
+    is_unfinished = output.is_unfinished()
     if args.resume or args.overwrite:
         return
-    if bulk.is_unfinished(output):
-        folder = bulk.partial_folder(output)
-        raise bulk.InputError(
-            f"--output {output}: {folder} holds a run that was stopped; go on with --resume or start again with --overwrite"
+    if is_unfinished:
+        raise InputError(
+            f"--output {path}: {output.partial} holds a run that was stopped; continue it with --resume, or start again "
+            "with --overwrite"
         )
-    for path in (output, bulk.rejects_file(output)):
-        if path.exists():
-            raise bulk.InputError(f"--output {output}: {path} exists; choose another name or add --overwrite")
+    for existing in (path, output.rejects):
+        if existing.exists():
+            raise InputError(f"--output {path}: {existing} exists; choose another name or add --overwrite")
 
 
 def _check_folders(args: argparse.Namespace) -> None:
     if not (args.input and args.output and Path(args.input).is_dir()):
-        raise bulk.InputError("--engine ray reads a folder of files (--input) and writes a folder (--output)")
+        raise InputError("--engine ray needs a folder of files as --input and a folder as --output")
     if args.overwrite:
-        raise bulk.InputError("--overwrite is for a file; with --engine ray, remove the folder or go on with --resume")
+        raise InputError("--overwrite is for files; with --engine ray, remove the folder or continue with --resume")
     if args.output.exists() and not args.resume and any(args.output.iterdir()):
-        raise bulk.InputError(f"--output {args.output} is not empty; choose another folder or add --resume")
+        raise InputError(f"--output {args.output} is not empty; choose another folder or add --resume")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Annotates what the command line names; returns the number of rows that could not be."""
+    """Annotates the texts, the file or the folder; returns the number of rows that could not be annotated."""
     names = ("model", "revision", "device", "backend", "tasks", "batch_tokens")
-    settings = bulk.Settings(embedding=not args.no_embedding, **{name: getattr(args, name) for name in names})
+    settings = Settings(embedding=not args.no_embedding, **{name: getattr(args, name) for name in names})
     if args.engine == "ray":
-        import bulk_ray
+        from bulk.ray_engine import Folders, annotate_folder
 
-        folders = bulk_ray.Folders(Path(args.input), args.output, args.input_format, args.text_column)
-        return bulk_ray.annotate_folder(folders, settings, args.num_workers, args.resume, Bar)
+        folders = Folders(Path(args.input), args.output, args.input_format, args.text_column)
+        return annotate_folder(folders, settings, args.num_workers, args.resume, Bar)
     return _write_file(args, settings) if args.output else _print(args, settings)
 
 
-def _source(args: argparse.Namespace) -> bulk.Source:
-    return bulk.Source(args.input, args.input_format, args.text_column)
+def _source(args: argparse.Namespace) -> Source:
+    return Source(args.input, args.input_format, args.text_column)
 
 
-def _print(args: argparse.Namespace, settings: bulk.Settings) -> int:
-    annotator = bulk.Annotator(settings)
+def _print(args: argparse.Namespace, settings: Settings) -> int:
+    annotator = Annotator(settings)
     rows = _source(args).rows() if args.input else ((text, None) for text in args.texts)
-    results = (result for chunk in bulk.chunks(rows) for result in bulk.annotate(chunk, annotator))
+    results = (result for chunk in chunks(rows) for result in annotate(chunk, annotator))
     failed = 0
 
     def watched() -> Iterator[dict[str, Any]]:
@@ -215,26 +224,25 @@ def _print(args: argparse.Namespace, settings: bulk.Settings) -> int:
     if args.json or args.input:
         sys.stdout.reconfigure(encoding="utf-8")
         for result in watched():
-            sys.stdout.write(bulk.to_json(result) + "\n")
+            sys.stdout.write(to_json(result) + "\n")
     else:
-        sys.stdout.reconfigure(errors="replace")  # a console that cannot show a character shows "?"
+        sys.stdout.reconfigure(errors="replace")  # characters that the console cannot show become "?"
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print("\n\n".join(summary(result, colour) for result in watched()))
     return failed
 
 
-def _write_file(args: argparse.Namespace, settings: bulk.Settings) -> int:
-    if args.resume and not args.overwrite and args.output.exists() and not bulk.is_unfinished(args.output):
-        bulk.remove_litter(args.output)
-        print(f"annotate.py: {args.output} is complete, there is nothing to resume.", file=sys.stderr)
-        return 0
+def _write_file(args: argparse.Namespace, settings: Settings) -> int:
     source = _source(args) if args.input else None
-    total = source.count() if source else len(args.texts)
-    annotator = bulk.Annotator(settings.divided(args.num_workers))
-    identity = {**(source.identity() if source else {}), **annotator.identity(), "--num-workers": args.num_workers}
+    identity = source.identity() if source else {}
+    annotator = Annotator(settings.divided(args.num_workers))
     rows = source.rows() if source else [(text, None) for text in args.texts]
-    with Bar(total) as bar:
-        return bulk.annotate_file(rows, args.output, annotator, identity, bar, args.resume, args.num_workers)
+    with Bar(identity.get(ROWS) if source else len(args.texts)) as bar:
+        identity |= {**annotator.identity(), "--num-workers": args.num_workers}
+        failed = annotate_file(rows, Output(args.output), annotator, identity, bar, args.resume, args.num_workers)
+    if args.resume and not bar.rows:
+        print(f"annotate.py: {args.output} is complete; there was nothing left to compute.", file=sys.stderr)
+    return failed
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -245,7 +253,7 @@ def _report(error: BaseException, args: argparse.Namespace) -> None:
     notes = getattr(error, "__notes__", [])
     if notes:
         again = args.engine == "ray" or (args.input and Path(args.input).is_file())
-        notes.append("--resume goes on from it." if again else "--overwrite starts again; no file, no --resume.")
+        notes.append("Continue with --resume." if again else "Start again with --overwrite; only files can be resumed.")
     what = "stopped" if isinstance(error, KeyboardInterrupt) else str(error).removesuffix(".")
     print(f"annotate.py: {what}.", *notes, file=sys.stderr)
 
@@ -253,7 +261,7 @@ def _report(error: BaseException, args: argparse.Namespace) -> None:
 def _rejects(args: argparse.Namespace) -> str:
     if args.engine == "ray":
         return str(args.output / "_rejects")
-    return str(bulk.rejects_file(args.output)) if args.output else "their 'error' fields"
+    return str(Output(args.output).rejects) if args.output else "their 'error' fields"
 
 
 def main() -> None:
@@ -267,7 +275,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (bulk.InputError, ValueError, OSError) as error:
+    except (InputError, ValueError, OSError) as error:
         _report(error, args)
         sys.exit(1)
     finally:

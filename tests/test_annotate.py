@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import annotate
-import bulk
+from bulk import parts, sources
+from bulk import run as bulk_run
 from tests.conftest import ROOT, TASKS, TEXTS
 
 PARIS = "Tim loves Paris."
@@ -39,6 +40,11 @@ def run(release, capsys, monkeypatch):
     return call
 
 
+def names(folder: Path) -> list[str]:
+    """Returns the sorted names of what a folder holds, hidden files aside."""
+    return sorted(x.name for x in folder.iterdir() if not x.name.startswith("."))
+
+
 def records(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
@@ -49,7 +55,7 @@ def test_a_summary_for_people(run):
     assert "\033[" not in out, "colours only on a terminal"
     for name in TASKS:
         assert name in out
-    assert "8 numbers:" in out and out.count("sentiment") == 2
+    assert "8 dimensions:" in out and out.count("sentiment") == 2
 
 
 def test_entities_are_shown_in_their_places_and_colours_only_where_asked():
@@ -115,7 +121,7 @@ def test_every_file_format_in_and_out_gives_the_same_rows(run, pipe, tmp_path, f
             expected["labels"]["rating"]["values"]["stars"], abs=1e-3
         )
         assert [x["word"] for x in result["entities"]["pos"]] == [x["word"] for x in expected["entities"]["pos"]]
-    assert sorted(x.name for x in tmp_path.iterdir()) == sorted([f"in.{file_format}", f"out.{output}"])
+    assert names(tmp_path) == sorted([f"in.{file_format}", f"out.{output}"])
 
 
 def test_a_bad_row_keeps_its_place_and_its_reason_and_costs_no_other_row(run, tmp_path):
@@ -135,8 +141,8 @@ def test_a_bad_row_keeps_its_place_and_its_reason_and_costs_no_other_row(run, tm
     found = records((tmp_path / "out.jsonl").read_text())
     assert [x["row"] for x in found] == list(range(7))
     assert [x.get("text") for x in found] == ["one", None, None, None, None, None, "two"]
-    reasons = ["row 1 is no JSON", "row 2 is None (NoneType), not a text", "row 3 is no object with the field 'text'",
-               "row 4 is no valid Unicode", "row 5 is no object"]  # fmt: skip
+    reasons = ["row 1 is not valid JSON", "row 2 is None (NoneType), not a text", "row 3 is not an object with the field 'text'",
+               "row 4 is no valid Unicode", "row 5 is not an object"]  # fmt: skip
     for result, reason in zip(found[1:6], reasons, strict=True):
         assert result["error"].startswith(reason) and "labels" not in result
     table = pq.read_table(tmp_path / "out.parquet").to_pylist()
@@ -165,21 +171,21 @@ def test_standard_input_is_read_as_text_lines_or_as_told(release):
         ([], "give either texts or --input"),
         (["x", "--input", "y.csv"], "give either texts or --input"),
         (["x", "--output", "out.csv"], "the name must end in .jsonl or .parquet"),
-        (["--input", "in.tsv"], "say what it holds with --input-format (csv, jsonl, parquet, text)"),
-        (["--input", "-", "--text-column", "a"], "--text-column needs an input of rows with columns"),
-        (["x", "--output", "no/such/out.jsonl"], "there is no folder no/such"),
+        (["--input", "in.tsv"], "the suffix is unknown; name the format with --input-format (csv, jsonl, parquet, text)"),
+        (["--input", "-", "--text-column", "a"], "--text-column needs an input with columns"),
+        (["x", "--output", "no/such/out.jsonl"], "the folder no/such does not exist"),
         (["x", "--tasks", "irony"], r"tasks holds ['irony']; this model's tasks are: sentiment"),
         (["--input", "no-such-file.csv"], "--input no-such-file.csv cannot be read"),
         (["x", "--model", "/no/such/folder"], "--model /no/such/folder cannot be loaded"),
         (["x", "--batch-tokens", "0"], "batch_tokens is 0"),
         (["x", "--output", "tests"], "the name must end in .jsonl or .parquet"),
-        (["x", "--resume"], "--resume and --num-workers write files; say where with --output"),
-        (["x", "--num-workers", "2"], "--resume and --num-workers write files; say where with --output"),
-        (["x", "--num-workers", "0"], "--num-workers 0: at least one must work"),
+        (["x", "--resume"], "--resume and --num-workers need a file to write; name it with --output"),
+        (["x", "--num-workers", "2"], "--resume and --num-workers need a file to write; name it with --output"),
+        (["x", "--num-workers", "0"], "--num-workers is 0; it must be at least 1"),
         (["x", "--output", "out.jsonl", "--resume"], "--resume needs --input FILE"),
-        (["--input", "in.jsonl", "--output", "in.jsonl"], "--output in.jsonl is the input"),
-        (["x", "--engine", "ray"], "--engine ray reads a folder of files (--input) and writes a folder (--output)"),
-        (["--engine", "ray", "--input", ".", "--output", "o", "--overwrite"], "--overwrite is for a file"),
+        (["--input", "in.jsonl", "--output", "in.jsonl"], "--output in.jsonl would overwrite the input"),
+        (["x", "--engine", "ray"], "--engine ray needs a folder of files as --input and a folder as --output"),
+        (["--engine", "ray", "--input", ".", "--output", "o", "--overwrite"], "--overwrite is for files"),
         (["--engine", "ray", "--input", ".", "--output", "tests"], "--output tests is not empty"),
     ],
 )
@@ -216,7 +222,7 @@ def test_a_console_of_few_characters_still_shows_the_summary(release):
     command = [sys.executable, str(ROOT / "annotate.py"), "--model", str(release), "love 😀"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     plain = subprocess.run(command, env=environment, capture_output=True, check=True)
-    assert b"8 numbers" in plain.stdout and plain.stderr == b""
+    assert b"8 dimensions" in plain.stdout and plain.stderr == b""
     lines = subprocess.run([*command, "--json"], env=environment, capture_output=True, check=True)
     assert json.loads(lines.stdout.decode("utf-8"))["text"] == "love 😀"
 
@@ -236,15 +242,11 @@ def test_an_existing_output_is_kept_unless_told_otherwise(run, tmp_path):
     assert code == 0 and len(records((tmp_path / "out.jsonl").read_text())) == 4
 
 
-def test_six_significant_digits():
-    assert bulk.to_json({"a": 1 / 3, "b": [2e-9 / 3], "c": None}) == '{"a": 0.333333, "b": [6.66667e-10]}'
-
-
 def unfinished_run(run, tmp_path, monkeypatch, *arguments, error: BaseException | None = None) -> tuple[Any, str]:
     """Writes two of four chunks to out.jsonl, then fails; returns exit code and message."""
-    monkeypatch.setattr(bulk, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 1)
     write_input(tmp_path / "in.jsonl", "jsonl")
-    real, calls = bulk.write_part, 0
+    real, calls = bulk_run.write_part, 0
 
     def write_part(*given):
         nonlocal calls
@@ -254,7 +256,7 @@ def unfinished_run(run, tmp_path, monkeypatch, *arguments, error: BaseException 
         return real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bulk, "write_part", write_part)
+        patch.setattr(bulk_run, "write_part", write_part)
         options = ("--input", tmp_path / "in.jsonl", "--text-column", "review", "--output", tmp_path / "out.jsonl")
         code, _, err = run(*options, *arguments)
     return code, err
@@ -265,23 +267,23 @@ OPTIONS = ("--text-column", "review", "--tasks", "rating,ner")
 
 def test_a_full_disk_costs_nothing_that_is_written(run, tmp_path, monkeypatch):
     code, err = unfinished_run(run, tmp_path, monkeypatch, *OPTIONS)
-    assert code == 1 and "No space left" in err and "is kept in" in err and "--resume goes on from it" in err
+    assert code == 1 and "No space left" in err and "are kept in" in err and "Continue with --resume." in err
     files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     code, _, err = run(*files, *OPTIONS)
-    assert code == 2 and "holds a run that was stopped; go on with --resume or start again with --overwrite" in err
+    assert code == 2 and "holds a run that was stopped; continue it with --resume, or start again with --overwrite" in err
     code, _, err = run(*files, *OPTIONS, "--resume")
     assert code == 0 and "4/4" in err
     run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "whole.jsonl", *OPTIONS)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+    assert names(tmp_path) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
     code, _, err = run(*files, *OPTIONS, "--resume")
-    assert code == 0 and "out.jsonl is complete, there is nothing to resume" in err
+    assert code == 0 and "out.jsonl is complete; there was nothing left to compute" in err
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("call", [0, 1, 4, 9])
 def test_a_disk_that_fills_up_anywhere_is_survived(run, tmp_path, monkeypatch, step, call):
-    monkeypatch.setattr(bulk, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 1)
     write_input(tmp_path / "in.jsonl", "jsonl")
     arguments = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *OPTIONS)
     real, calls = getattr(os, step), 0
@@ -294,7 +296,7 @@ def test_a_disk_that_fills_up_anywhere_is_survived(run, tmp_path, monkeypatch, s
         return real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bulk.os, step, full)
+        patch.setattr(parts.os, step, full)
         code, _, err = run(*arguments)
     if code == 0:  # there are fewer such calls
         assert call == 9 and step == "replace"
@@ -313,16 +315,16 @@ def test_a_disk_that_fills_up_anywhere_is_survived(run, tmp_path, monkeypatch, s
         (["--no-embedding"], "--no-embedding was False and is True"),
         (["--batch-tokens", "7"], "--batch-tokens was None and is 7"),
         (["--num-workers", "2"], "--num-workers was 1 and is 2"),
-        (["--input", "other.jsonl"], "time of --input was"),
+        (["--input", "other.jsonl"], "sha256 of --input's rows was"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_and_says_which(run, tmp_path, monkeypatch, arguments, message):
     unfinished_run(run, tmp_path, monkeypatch, *OPTIONS)
     monkeypatch.chdir(tmp_path)
-    write_input(tmp_path / "other.jsonl", "jsonl")
+    (tmp_path / "other.jsonl").write_text((tmp_path / "in.jsonl").read_text().replace("Paris", "Rome"))
     files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     code, _, err = run(*files, *OPTIONS, "--resume", *arguments)
-    assert code == 1 and message in err and "Resume with what the first run had, or start again with --overwrite" in err
+    assert code == 1 and message in err and "Use the input and settings of the first run, or start a new one" in err
     assert len(list((tmp_path / "out.jsonl.partial").glob("0*.jsonl"))) == 2, "nothing is lost"
     assert run(*files, *OPTIONS, "--overwrite", *arguments[:0])[0] == 0
     assert len(records((tmp_path / "out.jsonl").read_text())) == 4
@@ -339,6 +341,108 @@ def test_another_model_is_another_setting(run, release, tmp_path, monkeypatch):
     assert run(*files, *OPTIONS, "--resume", "--model", same)[0] == 0
 
 
+def test_a_complete_output_is_only_called_so_if_input_and_settings_are_those_that_made_it(run, tmp_path):
+    write_input(tmp_path / "in.jsonl", "jsonl")
+    (tmp_path / "other.jsonl").write_text((tmp_path / "in.jsonl").read_text().replace("Paris", "Rome"))
+    output, made = ("--output", tmp_path / "out.jsonl"), tmp_path / "out.jsonl"
+    files = ("--input", tmp_path / "in.jsonl", *output)
+    assert run(*files, *OPTIONS)[0] == 0
+    record, content = tmp_path / ".out.jsonl.run.json", made.read_bytes()
+    assert json.loads(record.read_text())["rows of --input"] == 4
+    for changed, difference in [
+        (("--input", tmp_path / "other.jsonl", *OPTIONS), "sha256 of --input's rows was"),
+        (("--input", tmp_path / "in.jsonl", *OPTIONS, "--tasks", "ner"), "--tasks was ['rating', 'ner'] and is ['ner']"),
+    ]:
+        code, _, err = run(*output, *changed, "--resume")
+        assert code == 1 and difference in err and made.read_bytes() == content
+    moved = (tmp_path / "in.jsonl").rename(tmp_path / "moved.jsonl")
+    code, _, err = run("--input", moved, *output, *OPTIONS, "--resume")
+    assert code == 0 and "is complete" in err and made.read_bytes() == content, "the content counts, not the name"
+    made.write_text("of another program")
+    code, _, err = run("--input", moved, *output, *OPTIONS, "--resume")
+    assert code == 1 and "sha256 of --output was" in err
+    record.unlink()
+    code, _, err = run("--input", moved, *output, *OPTIONS, "--resume")
+    assert code == 1 and "which says how it was made, does not" in err and made.read_text() == "of another program"
+    assert names(tmp_path) == ["moved.jsonl", "other.jsonl", "out.jsonl"]
+
+
+def test_an_input_that_changed_since_the_run_was_stopped_is_refused_whatever_its_date_says(run, tmp_path, monkeypatch):
+    unfinished_run(run, tmp_path, monkeypatch, *OPTIONS)
+    source = tmp_path / "in.jsonl"
+    date = source.stat()
+    source.write_text(source.read_text().replace("Paris", "Milan"))
+    os.utime(source, ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert source.stat().st_size == date.st_size
+    code, _, err = run("--input", source, "--output", tmp_path / "out.jsonl", *OPTIONS, "--resume")
+    assert code == 1 and "sha256 of --input's rows was" in err and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("change", ["shrinks", "grows", "other rows"])
+def test_an_input_that_changes_during_the_run_gives_no_output(run, tmp_path, monkeypatch, suffix, change):
+    source, lines = tmp_path / "in.txt", [f"text {number:05}\n" for number in range(3000)]  # more than is read ahead
+    source.write_text("".join(lines))
+    changed = {"shrinks": lines[:1482], "grows": [*lines, "more\n"], "other rows": [*lines[:2990], *lines[:10]]}[change]
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(annotate, "Bar", type("Bar", (annotate.Bar,), {"add": lambda *_: overwrite(source, changed)}))
+    options = ("--input", source, "--output", tmp_path / f"out.{suffix}", "--tasks", "rating", "--no-embedding")
+    code, _, err = run(*options)
+    assert code == 1 and "--input changed during the run" in err and "sha256 of --input's rows was" in err
+    assert (f"rows of --input was 3000 and is {len(changed)}" in err) == (len(changed) != 3000)
+    assert names(tmp_path) == ["in.txt", f"out.{suffix}.partial"]
+    code, _, err = run(*options, "--resume")
+    assert code == 1 and "sha256 of --input's rows was" in err
+    monkeypatch.setattr(annotate.Bar, "add", lambda *_: None)
+    overwrite(source, lines)
+    assert run(*options, "--resume")[0] == 0
+    resumed = (tmp_path / f"out.{suffix}").read_bytes()
+    assert run(*options, "--overwrite")[0] == 0
+    assert resumed == (tmp_path / f"out.{suffix}").read_bytes(), "no part of other rows is joined to them"
+
+
+def overwrite(path: Path, lines: list[str]) -> None:
+    """Writes a file in place, as whoever has it open sees it."""
+    with open(path, "r+") as stream:
+        stream.write("".join(lines))
+        stream.truncate()
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"], ["--resume"]])
+def test_a_folder_of_somebody_else_is_not_taken_for_ours(run, tmp_path, options):
+    write_input(tmp_path / "in.txt", "txt")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/settings.json").write_text("{}")
+    for place in ("out.jsonl.partial", "out.parquet.partial"):
+        (tmp_path / place).symlink_to("precious") if "jsonl" in place else shutil.copytree(
+            tmp_path / "precious", tmp_path / place
+        )
+        output = tmp_path / place.removesuffix(".partial")
+        code, _, err = run("--input", tmp_path / "in.txt", "--output", output, *options)
+        assert code == 2 and f"{place}, which is not a folder that annotate.py made" in err
+        assert names(tmp_path / place) == ["settings.json"] and not output.exists()
+
+
+def test_a_parquet_string_that_is_not_utf8_costs_only_its_row(run, tmp_path):
+    column = pa.array([b"one", b"bro\xffken", b"two"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "in.parquet")
+    options = ("--input", tmp_path / "in.parquet", "--tasks", "rating", "--output")
+    for output in (tmp_path / "out.parquet", tmp_path / "out.jsonl"):
+        code, _, err = run(*options, output)
+        assert code == 0 and "1 rows could not be annotated" in err
+        assert "row 1 is not valid UTF-8" in output.with_name(output.name + ".rejects.jsonl").read_text()
+    assert [x["text"] for x in pq.read_table(tmp_path / "out.parquet").to_pylist()] == ["one", None, "two"]
+
+
+def test_the_input_is_never_written_over(run, tmp_path):
+    source = tmp_path / "out.jsonl.rejects.jsonl"
+    source.write_text('{"text": "one"}\n')
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for output in (tmp_path / "out.jsonl", source, tmp_path / "link.jsonl"):
+        code, _, err = run("--input", source, "--output", output, "--overwrite")
+        assert code == 2 and "would overwrite the input" in err and source.read_text() == '{"text": "one"}\n'
+
+
 def test_rejects_are_listed_with_row_and_reason(run, tmp_path):
     long = json.dumps({"text": "a" * 10_000_000})
     (tmp_path / "in.jsonl").write_text('{"text": "one"}\nnot json\n' + long + '\n{"text": "two"}\n')
@@ -346,7 +450,7 @@ def test_rejects_are_listed_with_row_and_reason(run, tmp_path):
     code, _, err = run(*command)
     assert code == 0 and "2 rows could not be annotated; see" in err and "out.parquet.rejects.jsonl" in err
     found = records((tmp_path / "out.parquet.rejects.jsonl").read_text())
-    assert [x["row"] for x in found] == [1, 2] and found[0]["reason"].startswith("row 1 is no JSON")
+    assert [x["row"] for x in found] == [1, 2] and found[0]["reason"].startswith("row 1 is not valid JSON")
     assert found[1]["reason"] == "row 2 has 10000000 characters, more than 1000000; divide the text"
     assert [x["text"] for x in pq.read_table(tmp_path / "out.parquet").to_pylist()] == ["one", None, None, "two"]
     (tmp_path / "out.parquet").unlink()
@@ -359,7 +463,7 @@ def test_rejects_are_listed_with_row_and_reason(run, tmp_path):
 def test_a_column_that_no_row_has_is_an_error_and_no_file_of_rejects(run, tmp_path):
     write_input(tmp_path / "in.jsonl", "jsonl")
     code, _, err = run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert code == 1 and "none of its 4 rows can be read; the last is no object with the field 'text'" in err
+    assert code == 1 and "none of its 4 rows can be read; the last is not an object with the field 'text'" in err
     assert [x.name for x in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -368,34 +472,33 @@ def test_a_csv_that_breaks_off_costs_its_last_row(run, tmp_path):
     code, out, _ = run("--input", tmp_path / "in.csv", "--tasks", "rating", "--no-embedding")
     assert code == 0 and [x.get("error") for x in records(out)] == [
         None,
-        "row 1 has fewer fields than the header",
-        "row 2 ends within quotes: the file breaks off, or a quote is missing",
+        "row 1 has 1 fields, but the header has 2; quote fields that hold commas",
+        "row 2 ends inside quotes: the file is cut off, or a quote is missing",
     ]
     (tmp_path / "in.csv").write_text('id,text\n1,"one\ntwo"')
     _, out, _ = run("--input", tmp_path / "in.csv", "--tasks", "rating", "--no-embedding")
     assert [x["text"] for x in records(out)] == ["one\ntwo"], "no newline at the end of the file is no fault"
 
 
-def test_a_parquet_file_that_breaks_off_keeps_what_was_done(run, tmp_path, monkeypatch):
+def test_a_parquet_file_that_breaks_off_is_refused_before_anything_is_computed(run, tmp_path):
     table = pa.table({"text": [f"{row} " + "love " * 8 for row in range(40)]})
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=10, compression="none", use_dictionary=False)
     whole = (tmp_path / "in.parquet").read_bytes()
     arguments = ("--input", tmp_path / "in.parquet", "--output", tmp_path / "out.jsonl", "--tasks", "rating")
     (tmp_path / "in.parquet").write_bytes(whole[: len(whole) // 2])
     code, _, err = run(*arguments)
-    assert code == 1 and "is no readable parquet file" in err and "Traceback" not in err
-    monkeypatch.setattr(bulk, "CHUNK_ROWS", 10)
+    assert code == 1 and "in.parquet cannot be read as parquet" in err and "Traceback" not in err
     place = pq.ParquetFile(io.BytesIO(whole)).metadata.row_group(2).column(0).data_page_offset
     (tmp_path / "in.parquet").write_bytes(whole[:place] + b"\xff" * 40 + whole[place + 40 :])
     code, _, err = run(*arguments)
-    assert code == 1 and "breaks off" in err and "is kept in" in err and "Traceback" not in err
-    assert len(list((tmp_path / "out.jsonl.partial").glob("0*.jsonl"))) == 2
+    assert code == 1 and "in.parquet cannot be read as parquet" in err and "Traceback" not in err
+    assert names(tmp_path) == ["in.parquet"]
 
 
 def test_a_pipe_cannot_be_resumed(release, tmp_path):
     command = [sys.executable, str(ROOT / "annotate.py"), "--model", str(release), "--input", "-", "--output"]
     done = subprocess.run([*command, str(tmp_path / "o.jsonl"), "--resume"], input=b"one", capture_output=True, check=False)
-    assert done.returncode == 2 and b"what is no file, such as standard input, cannot be read again" in done.stderr
+    assert done.returncode == 2 and b"standard input and pipes cannot be read again" in done.stderr
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(
         [*command[:-2], str(tmp_path / "pipe"), "--output", str(tmp_path / "o.jsonl"), "--input-format=text"]

@@ -1,6 +1,7 @@
 """Files in parts: killed, stopped, or with several processes, the output is that of a run left alone."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -21,19 +22,24 @@ import pyarrow.parquet as pq
 import pytest
 
 import annotate
-import bulk
+from bulk import sources
+from bulk.annotator import Annotator, Settings
+from bulk.annotator import annotate as annotate_chunk
+from bulk.parts import Output
+from bulk.run import Progress, annotate_file
+from bulk.sources import InputError, Source
 from tests.conftest import TEXTS
 
 WORDS = ["paris", "apple", "tim", "cook", "love", "store", "sad", "Rome", "closed", "all", "day"]
 # Real processes that start in no time: copies of one that has imported everything and computed nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.test_bulk"])
+PROCESSES.set_forkserver_preload(["tests.test_bulk_run"])
 
 
 @pytest.fixture(autouse=True)
 def chunks_as_they_are(monkeypatch):
     """Undoes what a test does to the size of chunks."""
-    monkeypatch.setattr(bulk, "CHUNK_ROWS", bulk.CHUNK_ROWS)
+    monkeypatch.setattr(sources, "CHUNK_ROWS", sources.CHUNK_ROWS)
 
 
 def write_texts(path: Path, rows: int) -> Path:
@@ -46,21 +52,21 @@ def write_texts(path: Path, rows: int) -> Path:
     return path
 
 
-def load(release: Path, **settings: Any) -> bulk.Annotator:
+def load(release: Path, **settings: Any) -> Annotator:
     """Returns the tiny model, and makes chunks small."""
-    bulk.CHUNK_ROWS = 8
-    return bulk.Annotator(bulk.Settings(str(release), device="cpu", threads=1, **settings))
+    sources.CHUNK_ROWS = 8
+    return Annotator(Settings(str(release), device="cpu", threads=1, **settings))
 
 
-def write(annotator: bulk.Annotator, source: Path, output: Path, progress: Any = None, **options: Any) -> int:
-    rows = bulk.Source(str(source), "jsonl", "text").rows()
-    return bulk.annotate_file(rows, output, annotator, {}, progress or bulk.Progress(), **options)
+def write(annotator: Annotator, source: Path, output: Path, progress: Any = None, **options: Any) -> int:
+    rows = Source(str(source), "jsonl", "text").rows()
+    return annotate_file(rows, Output(output), annotator, {}, progress or Progress(), **options)
 
 
 def contents(output: Path) -> tuple[bytes, bytes]:
     """Returns the bytes of output and rejects, and checks that nothing else is left."""
-    assert not bulk.partial_folder(output).exists()
-    return output.read_bytes(), bulk.rejects_file(output).read_bytes()
+    assert not Output(output).partial.exists()
+    return output.read_bytes(), Output(output).rejects.read_bytes()
 
 
 def elsewhere(function: Callable[..., None], *arguments: Any) -> None:
@@ -108,7 +114,7 @@ def kill_at_random_moments(release: Path, folder: Path) -> None:
         output = folder / f"{moment}{suffix}"
         run = partial(write, annotator, source, output, resume=True)
         killed += fork(run, draw.uniform(0, seconds)) == -signal.SIGKILL
-        resumed += len(list(bulk.partial_folder(output).glob("0*" + suffix))) > 0
+        resumed += len(list(Output(output).partial.glob("0*" + suffix))) > 0
         assert fork(run) == 0
         assert contents(output) == expected, moment
         if killed == 20:
@@ -153,9 +159,9 @@ def kill_at_every_step(release: Path, folder: Path) -> None:
 
         status = fork(killed_run)
         assert output.read_bytes() in (b"of an earlier run", expected[0])
-        if bulk.is_unfinished(output) or output.read_bytes() != expected[0]:
-            assert fork(partial(write, annotator, source, output, resume=True)) == 0
-            assert contents(output) == expected, step
+        resume = Output(output).is_unfinished() or output.read_bytes() == expected[0]
+        assert fork(partial(write, annotator, source, output, resume=resume)) == 0
+        assert contents(output) == expected, step
         step += 1
     assert status == 0 and step > 30, (status, step)
 
@@ -175,7 +181,7 @@ def run_until_signal(release: Path, folder: Path, number: int) -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     annotate.Bar = Bar
-    bulk.CHUNK_ROWS = 8
+    sources.CHUNK_ROWS = 8
     command = ["--model", release, "--device", "cpu", "--input", folder / "in.jsonl", "--output", folder / "out.jsonl"]
     sys.argv = ["annotate.py", *map(str, command)]
     with open(folder / "stderr", "w") as stream, contextlib.redirect_stderr(stream):
@@ -190,10 +196,12 @@ def test_a_signal_stops_it_at_once_and_the_message_says_how_to_go_on(release, tm
     process.join()
     assert process.exitcode == code
     said = (tmp_path / "stderr").read_text()
-    assert "annotate.py: stopped. What is done is kept in" in said and "--resume goes on from it" in said
+    assert "annotate.py: stopped. Finished parts are kept in" in said and "Continue with --resume." in said
     assert "50%" in said and "texts/s" in said and "tokens/s" in said and "Traceback" not in said
-    names = sorted(x.name for x in (tmp_path / "out.jsonl.partial").iterdir() if x.name not in ("lock", "settings.json"))
-    assert [x for x in names if x.endswith(".jsonl")] == [f"{part:08}.jsonl" for part in range(10)]
+    names = sorted(
+        x.name for x in (tmp_path / "out.jsonl.partial").iterdir() if x.name not in ("annotate.lock", "settings.json")
+    )
+    assert [x[:8] for x in names if x.endswith(".jsonl")] == [f"{part:08}" for part in range(10)]
     assert not any(x.endswith(".tmp") for x in names)
 
 
@@ -206,7 +214,7 @@ def test_order_duplicates_and_batch_budgets_change_no_record(release, tmp_path, 
 
     def records(name: str, chunk_rows: int, **settings: Any) -> list[dict[str, Any]]:
         annotator, output = load(release, **settings), tmp_path / f"out{suffix}"
-        bulk.CHUNK_ROWS = chunk_rows
+        sources.CHUNK_ROWS = chunk_rows
         write(annotator, tmp_path / name, output)
         return [json.loads(x) for x in output.open()] if suffix == ".jsonl" else pq.read_table(output).to_pylist()
 
@@ -235,46 +243,47 @@ def assert_same(one: Any, other: Any) -> None:
         assert one == (pytest.approx(other, abs=1e-4) if isinstance(one, float) else other)
 
 
-def test_a_chunk_is_bounded_in_rows_and_characters(monkeypatch):
-    monkeypatch.setattr(bulk, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(bulk, "CHUNK_CHARACTERS", 10)
-    monkeypatch.setattr(bulk, "MAX_CHARACTERS", 12)
-    rows = [("a" * 6, None), ("b" * 6, None), ("c", None), (None, "is gone"), ("d", None), ("e" * 13, None)]
-    found = list(bulk.chunks(rows))
-    assert [[row for row, _, _ in chunk] for chunk in found] == [[0, 1], [2, 3, 4], [5]]
-    assert found[1][1] == (3, None, "is gone")
-    assert found[2] == [(5, None, "has 13 characters, more than 12; divide the text")]
-
-
 def test_a_text_that_the_model_fails_on_is_rejected_alone_and_a_broken_model_is_no_reject():
     def run(texts: list[str]) -> list[dict[str, Any]]:
         if "bad" in texts:
             raise RuntimeError("out of memory")
         return [{"length": len(text)} for text in texts]
 
-    results = bulk.annotate([(7, "one", None), (8, "bad", None), (9, None, "is None")], run)
+    results = annotate_chunk([(7, "one", None), (8, "bad", None), (9, None, "is None")], run)
     assert [x.get("length") for x in results] == [3, None, None]
     assert [x["error"] for x in results] == [
         None, "row 8 cannot be annotated: RuntimeError: out of memory", "row 9 is None",
     ]  # fmt: skip
     with pytest.raises(ZeroDivisionError):
-        bulk.annotate([(0, "one", None)], lambda texts: [1 / 0])
+        annotate_chunk([(0, "one", None)], lambda texts: [1 / 0])
 
 
-def test_two_runs_do_not_write_the_same_output(release, tmp_path):
-    annotator, source = load(release, tasks=["rating"]), write_texts(tmp_path / "in.jsonl", 30)
-
-    class Second(bulk.Progress):
-        def add(self, rows: int, tokens: int) -> None:
-            with pytest.raises(bulk.InputError, match="another process is writing"):
-                write(annotator, source, tmp_path / "out.jsonl", resume=True)
-            super().add(rows, tokens)
-
-    progress = Second()
-    assert write(annotator, source, tmp_path / "out.jsonl", progress) == 1 and progress.rows == 30
+def start_with_others(release: Path, source: Path, output: Path, start: Any, outcomes: Any) -> None:
+    annotator = load(release, tasks=["rating"])
+    start.wait()
+    try:
+        outcomes.put(str(write(annotator, source, output)))
+    except InputError as error:
+        outcomes.put(str(error))
 
 
-class Events(bulk.Progress):
+def test_of_runs_started_together_one_writes_the_output_and_the_others_say_so(release, tmp_path):
+    source = write_texts(tmp_path / "in.jsonl", 3000)
+    start, outcomes = PROCESSES.Barrier(3), PROCESSES.Queue()
+    arguments = (release, source, tmp_path / "out.jsonl", start, outcomes)
+    processes = [PROCESSES.Process(target=start_with_others, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = sorted(outcomes.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert found[2] == "60" and all("another process is writing it" in x for x in found[:2])
+    write(load(release, tasks=["rating"]), source, tmp_path / "alone.jsonl")
+    assert contents(tmp_path / "out.jsonl") == contents(tmp_path / "alone.jsonl")
+
+
+class Events(Progress):
     """Calls a function once, after so many chunks."""
 
     def __init__(self, chunks: int, function: Callable[[], None]) -> None:
@@ -295,19 +304,45 @@ def test_a_worker_that_dies_is_named_and_costs_nothing_and_workers_share_the_wei
         workers = multiprocessing.active_children()
         processes.extend(psutil.Process(worker.pid) for worker in workers)
         assert len(workers) == 2
-        weights = str(bulk.partial_folder(output) / "weights")
+        weights = str(Output(output).partial / "weights")
         assert any(weights in Path(f"/proc/{worker.pid}/maps").read_text() for worker in workers), "one may still be loading"
         workers[0].kill()
 
-    with pytest.raises(bulk.InputError, match="a worker process died") as caught:
+    with pytest.raises(InputError, match="a worker process died") as caught:
         write(annotator, source, output, Events(3, kill_one), workers=2)
-    assert "is kept in" in caught.value.__notes__[0] and psutil.wait_procs(processes, timeout=60)[1] == []
-    done = len(list(bulk.partial_folder(output).glob("0*.parquet")))
-    progress = bulk.Progress()
+    assert "are kept in" in caught.value.__notes__[0] and psutil.wait_procs(processes, timeout=60)[1] == []
+    done = len(list(Output(output).partial.glob("0*.parquet")))
+    progress = Progress()
     write(annotator, source, output, progress, resume=True)
     assert 3 <= done < 40 and progress.rows == 320 - 8 * done
     write(annotator, source, tmp_path / "one.parquet")
     assert contents(output) == contents(tmp_path / "one.parquet")
+
+
+def run_out_of_space(release: Path, folder: Path) -> None:
+    """Lets files grow to fewer and fewer bytes, with which a real disk's `write` fails, then resumes without a limit."""
+    source, failures = write_texts(folder / "in.jsonl", 160), 0
+    for suffix in (".jsonl", ".parquet"):
+        annotator = load(release)
+        write(annotator, source, folder / f"whole{suffix}")
+        largest = (folder / f"whole{suffix}").stat().st_size
+        for limit in (largest - 1, largest // 2, 3000, 300, 0):
+            output = folder / f"{limit}{suffix}"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                write(annotator, source, output)
+            except OSError as error:
+                failures += error.errno == errno.EFBIG
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            assert not output.exists() and not list(folder.rglob("*.tmp"))
+            write(annotator, source, output, resume=True)
+            assert contents(output) == contents(folder / f"whole{suffix}"), (suffix, limit)
+    assert failures == 10, failures
+
+
+def test_a_disk_without_space_costs_nothing_that_was_written(release, tmp_path):
+    elsewhere(run_out_of_space, release, tmp_path)
 
 
 def run_with_workers(release: Path, source: Path, output: Path, pids: Any) -> None:
@@ -330,10 +365,10 @@ def test_workers_end_with_their_parent(release, tmp_path):
 
 def measure_memory(release: Path, folder: Path, rows: int, found: Any) -> None:
     annotator = load(release, tasks=["sentiment"], embedding=False)
-    bulk.CHUNK_ROWS = 1024
+    sources.CHUNK_ROWS = 1024
     process, resident = psutil.Process(), []
 
-    class Memory(bulk.Progress):
+    class Memory(Progress):
         def add(self, rows: int, tokens: int) -> None:
             resident.append(process.memory_info().rss)
 

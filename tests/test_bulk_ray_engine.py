@@ -9,13 +9,18 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import annotate
-import bulk
-from tests.test_bulk import elsewhere, write_texts
+from bulk.annotator import Annotator, Settings
+from bulk.parts import Output
+from bulk.run import Progress, annotate_file
+from bulk.sources import Source
+from tests.test_bulk_run import elsewhere, write_texts
 
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # as the engine does, which imports Ray later than this file
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 OPTIONS = ["--device", "cpu", "--tasks", "rating,sentiment", "--no-embedding"]
@@ -57,11 +62,11 @@ def kill_one_worker(output: Path, killed: list[int]) -> None:
 
 def annotate_alone(release: Path, source: Path, output: Path) -> None:
     """Annotates each shard as one file. In a process of its own: on what a process did before, last bits can depend."""
-    settings = bulk.Settings(str(release), device="cpu", threads=1, tasks=["rating", "sentiment"], embedding=False)
-    annotator = bulk.Annotator(settings)
+    settings = Settings(str(release), device="cpu", threads=1, tasks=["rating", "sentiment"], embedding=False)
+    annotator = Annotator(settings)
     for path in source.iterdir():
-        rows = bulk.Source(str(path), "jsonl", "text").rows()
-        bulk.annotate_file(rows, output / f"{path.stem}.parquet", annotator, {}, bulk.Progress())
+        rows = Source(str(path), "jsonl", "text").rows()
+        annotate_file(rows, Output(output / f"{path.stem}.parquet"), annotator, {}, Progress())
 
 
 def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, release, tmp_path):
@@ -80,7 +85,7 @@ def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, relea
         alone, written = tmp_path / f"{shard}.parquet", output / f"{shard}.jsonl.parquet"
         assert written.read_bytes() == alone.read_bytes()
         rejects = output / "_rejects" / f"{shard}.jsonl.parquet.rejects.jsonl"
-        assert rejects.read_bytes() == bulk.rejects_file(alone).read_bytes()
+        assert rejects.read_bytes() == Output(alone).rejects.read_bytes()
 
     times = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     (output / "2.jsonl.parquet").unlink()
@@ -94,13 +99,48 @@ def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, relea
     assert changed == {"2.jsonl.parquet"}
 
 
+def test_two_files_of_one_target_are_refused(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/reviews.csv").write_text("text\none\ntwo\nthree\n")
+    pq.write_table(pa.table({"text": ["four"]}), tmp_path / "in/reviews.csv.parquet")
+    code, err = run("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert code == 1 and "reviews.csv, reviews.csv.parquet would be written to the same file; rename one" in err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in/reviews.csv").rename(tmp_path / "in/more.csv")
+    code, err = run("--input", tmp_path / "in", "--output", tmp_path / "out")
+    texts = {x.name: pq.read_table(x)["text"].to_pylist() for x in (tmp_path / "out").glob("*.parquet")}
+    assert code == 0 and texts == {"more.csv.parquet": ["one", "two", "three"], "reviews.csv.parquet": ["four"]}
+
+
+def test_a_shard_whose_input_changed_is_named_when_the_run_is_resumed(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"in/{name}.txt").write_text("one\ntwo\n")
+    files = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert run(*files)[0] == 0
+    date = (tmp_path / "in/b.txt").stat()
+    (tmp_path / "in/b.txt").write_text("one\nten\n")
+    os.utime(tmp_path / "in/b.txt", ns=(date.st_atime_ns, date.st_mtime_ns))
+    code, err = run(*files, "--resume")
+    assert code == 1 and "1 of 2 shards failed; b.txt: --resume: sha256 of --input's rows was" in err
+
+
+def test_ray_listens_on_the_loopback_interface_alone(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("one\n")
+    assert run("--input", tmp_path / "in", "--output", tmp_path / "out")[0] == 0
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = [x for process in family for x in process.net_connections("tcp") if x.status == psutil.CONN_LISTEN]
+    assert sockets and {x.laddr.ip.removeprefix("::ffff:") for x in sockets} == {"127.0.0.1"}, sockets
+
+
 def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_written(run, tmp_path):
     (tmp_path / "in").mkdir()
     write_texts(tmp_path / "in/good.jsonl", 30)
     (tmp_path / "in/bad.parquet").write_bytes(b"PAR1 no")
     code, err = run("--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert code == 1 and "1 of 2 shards failed; bad.parquet: --input" in err and "is no readable parquet file" in err
+    assert code == 1 and "1 of 2 shards failed; bad.parquet: --input" in err and "cannot be read as parquet" in err
     assert [x.name for x in (tmp_path / "out").glob("*.parquet")] == ["good.jsonl.parquet"]
     shutil.copy(tmp_path / "in/good.jsonl", tmp_path / "in/more.xyz")
     code, err = run("--input", tmp_path / "in", "--output", tmp_path / "other")
-    assert code == 1 and "say what more.xyz holds with --input-format" in err
+    assert code == 1 and "name the format of more.xyz with --input-format" in err

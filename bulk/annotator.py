@@ -1,0 +1,178 @@
+"""Loads the model and turns chunks of rows into results."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from bulk.sources import InputError, Item
+
+MODEL_FILES = ("config.json", "tokenizer*.json", "*_multitask.py", "*.safetensors", "*/*.safetensors", "onnx/*.onnx")
+PIPELINE_OPTIONS = ("revision", "device", "backend")
+LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow", "onnxruntime")
+
+Result = dict[str, Any]
+Run = Callable[[list[str]], list[Result]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are annotated.
+
+    Attributes:
+        model: Folder or Hub id.
+        revision: Commit, tag or branch on the Hub.
+        device: For instance "cpu"; None: a GPU if there is one.
+        backend: What runs the model; None: the pipeline's default.
+        tasks: Names of the tasks to compute; None: all.
+        embedding: Whether results hold the sentence embedding.
+        batch_tokens: Tokens per batch, padding included; None: the pipeline's default.
+        threads: CPU threads of each process; None: torch's default.
+    """
+
+    model: str
+    revision: str | None = None
+    device: str | None = None
+    backend: str | None = None
+    tasks: list[str] | None = None
+    embedding: bool = True
+    batch_tokens: int | None = None
+    threads: int | None = None
+
+    def divided(self, workers: int) -> "Settings":
+        """Returns the settings for each of several processes that share the CPU."""
+        import torch
+
+        return self if workers == 1 else replace(self, threads=max(1, torch.get_num_threads() // workers))
+
+
+def _content(model: str, revision: str | None) -> str:
+    """Returns a hash of this package and of a model folder, or the commit of a model on the Hub."""
+    if not Path(model).is_dir():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=True)._commit_hash
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in MODEL_FILES for path in Path(model).glob(pattern)):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found["version of " + name] = importlib.metadata.version(name)
+    return found
+
+
+class Annotator:
+    """A loaded model, called with the same options every time.
+
+    Args:
+        settings: The model and the options.
+
+    Raises:
+        InputError: The model cannot be loaded.
+        ValueError: An option has a value that is not allowed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+        from transformers import pipeline
+        from transformers.utils import logging
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        logging.disable_progress_bar()
+        given = {name: value for name in PIPELINE_OPTIONS if (value := getattr(settings, name)) is not None}
+        try:
+            self.pipe = pipeline("multitask", model=settings.model, trust_remote_code=True, **given)
+        except Exception as error:  # whatever its type, the model is what the user has to fix
+            raise InputError(f"--model {settings.model} cannot be loaded: {error}") from error
+        self.settings = settings
+        self.options = {name: getattr(settings, name) for name in ("tasks", "embedding", "batch_tokens")}
+        self.pipe([], **self.options)  # refuses unknown tasks before any row is read
+
+    def __call__(self, texts: list[str]) -> list[Result]:
+        return self.pipe(texts, **self.options)
+
+    def map_weights(self, path: Path) -> None:
+        """Replaces the weights by those in a `torch.save` file, whose memory all processes share."""
+        import torch
+
+        self.pipe.model.load_state_dict(torch.load(path, mmap=True), assign=True)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns everything that decides the results: options, content of the model, this code, library versions."""
+        import torch
+
+        settings = self.settings
+        options = {f"--{x.replace('_', '-')}": getattr(settings, x) for x in (*PIPELINE_OPTIONS, "tasks", "batch_tokens")}
+        return {
+            **options,
+            "--no-embedding": not settings.embedding,
+            "content of --model": _content(settings.model, settings.revision),
+            "actual device": str(self.pipe.device),
+            "threads per process": torch.get_num_threads(),
+            **_versions(),
+        }
+
+    def schema(self) -> pyarrow.Schema:
+        """Returns the parquet schema of the results."""
+        config, names = self.pipe.model.config, self.settings.tasks
+        specs = {name: spec for name, spec in config.task_specs.items() if names is None or name in names}
+        return results_schema(specs, (config.embedding_dim or config.hidden_size) if self.settings.embedding else None)
+
+
+def results_schema(specs: dict[str, Any], embedding_dim: int | None) -> pyarrow.Schema:
+    """Returns the parquet schema of results with the tasks of `specs` and, unless None, an embedding."""
+    text, number, index = pyarrow.string(), pyarrow.float32(), pyarrow.int64()
+    entity = pyarrow.struct({"entity_group": text, "score": number, "word": text, "start": index, "end": index})
+    labels, entities = {}, {}
+    for name, spec in specs.items():
+        scores = pyarrow.struct(dict.fromkeys(spec.labels, number))
+        if spec.kind == "token_classification":
+            entities[name] = pyarrow.list_(entity)
+        elif spec.problem_type == "regression":
+            labels[name] = pyarrow.struct({"values": scores})
+        elif spec.problem_type == "multi_label_classification":
+            labels[name] = pyarrow.struct({"labels": pyarrow.list_(text), "scores": scores})
+        else:
+            labels[name] = pyarrow.struct({"label": text, "score": number, "scores": scores})
+    columns = {"row": index, "text": text, "error": text}
+    if embedding_dim:
+        columns["sentence_embedding"] = pyarrow.list_(number, embedding_dim)
+    columns |= {name: pyarrow.struct(tasks) for name, tasks in (("labels", labels), ("entities", entities)) if tasks}
+    return pyarrow.schema(columns)
+
+
+def annotate(chunk: list[Item], run: Run) -> list[Result]:
+    """Returns a result for every row, in order: its number, its text, and its record or an error."""
+    records = iter(_records([text for _, text, problem in chunk if problem is None], run))
+    results = []
+    for row, text, problem in chunk:
+        record = next(records) if problem is None else problem
+        if isinstance(record, str):
+            results.append({"row": row, "text": None, "error": f"row {row} {record}"})
+        else:
+            results.append({"row": row, "text": text, "error": None, **record})
+    return results
+
+
+def _records(texts: list[str], run: Run) -> list[Result | str]:
+    """Returns the record of each text, or what went wrong with it."""
+    try:
+        return run(texts)
+    except Exception as error:
+        run(["a"])  # raises unless the texts are to blame
+        if len(texts) == 1:
+            return [f"cannot be annotated: {type(error).__name__}: {error}"]
+        return [record for text in texts for record in _records([text], run)]

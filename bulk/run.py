@@ -1,0 +1,136 @@
+"""Annotates one file, so that a run can be stopped at any moment and resumed."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from bulk.annotator import Annotator
+from bulk.parts import Output, join, save_json, sha256, write_part
+from bulk.sources import ROWS, Fingerprint, InputError, Item, Row, chunks
+from bulk.workers import write_parts
+
+
+class Progress:
+    """Counts what a run has done."""
+
+    rows = tokens = 0
+
+    def skip(self, rows: int) -> None:
+        """Counts rows that an earlier run has done."""
+
+    def add(self, rows: int, tokens: int) -> None:
+        """Counts rows that this run has done, and their tokens."""
+        self.rows += rows
+        self.tokens += tokens
+
+
+def annotate_file(
+    rows: Iterable[Row],
+    output: Output,
+    annotator: Annotator,
+    identity: dict[str, Any],
+    progress: Progress,
+    resume: bool = False,
+    workers: int = 1,
+) -> int:
+    """Writes the result of every row to a file, in order, and returns the number of rows that could not be annotated.
+
+    Args:
+        rows: What `Source.rows` yields.
+        output: Where to write. An existing output is replaced at the end, in one step.
+        annotator: The model.
+        identity: What a resumed run must have in common with the first one. If it holds what `Source.identity` returned,
+            the rows are compared with it before they become the output.
+        progress: Told of every chunk.
+        resume: Whether to continue from the parts of an earlier run, if there are any; otherwise they are removed.
+        workers: Number of processes that compute.
+
+    Raises:
+        InputError: The rows cannot be read or have changed, another process writes this output, a worker died, or the
+            earlier run had other settings. Finished parts are kept.
+    """
+    with output.locked():
+        if resume and output.path.exists() and not output.settings.exists():
+            _check_complete(output, identity)
+            progress.skip(identity.get(ROWS, 0))
+            return output.count_rejects()
+        _open(output, identity, resume)
+        with _parts_kept(output):
+            found = Fingerprint()
+            parts = _write_parts(found, rows, output, annotator, progress, workers)
+            if ROWS in identity:
+                check_identity("--input changed during the run", identity, {**identity, **found.identity()})
+            join(parts, output, annotator.schema())
+            save_json(output.record, {**identity, "sha256 of --output": sha256(output.path)}, output.partial)
+        output.settings.unlink()  # from here on, the output is complete
+        return output.count_rejects()
+
+
+def check_identity(what: str, then: Path | dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises an InputError, with each difference, if two runs do not have the same input and settings."""
+    then = json.loads(then.read_text("utf-8")) if isinstance(then, Path) else then
+    now = json.loads(json.dumps(now))
+    if names := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
+        changes = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
+        raise InputError(f"{what}: {changes}. Use the input and settings of the first run, or start a new one.")
+
+
+def _check_complete(output: Output, identity: dict[str, Any]) -> None:
+    """Checks that a complete output is the result of this input and these settings."""
+    if not output.record.exists():
+        raise InputError(
+            f"--resume: {output.path} exists, but {output.record}, which says how it was made, does not. "
+            "Choose another output, or start again with --overwrite."
+        )
+    check_identity("--resume", output.record, {**identity, "sha256 of --output": sha256(output.path)})
+
+
+def _open(output: Output, identity: dict[str, Any], resume: bool) -> None:
+    """Checks that the run in the folder of parts can be resumed, or empties the folder for a new one."""
+    if resume and output.settings.exists():
+        check_identity("--resume", output.settings, identity)
+        for path in output.partial.glob("*.tmp"):
+            path.unlink()
+    else:
+        output.clear()
+        save_json(output.settings, identity, output.partial)
+
+
+@contextmanager
+def _parts_kept(output: Output) -> Iterator[None]:
+    """Adds to any error where the finished parts are; if there are none, the run is not worth resuming."""
+    try:
+        yield
+    except BaseException as error:
+        if any(output.partial.glob(f"0*{output.path.suffix}")):
+            error.add_note(f"Finished parts are kept in {output.partial}.")
+        else:
+            output.settings.unlink()
+        raise
+
+
+def _write_parts(
+    found: Fingerprint, rows: Iterable[Row], output: Output, annotator: Annotator, progress: Progress, workers: int
+) -> list[Path]:
+    """Writes the parts that do not exist yet; returns the paths of all, in order."""
+    parts: list[Path] = []
+
+    def missing() -> Iterator[tuple[Path, list[Item]]]:
+        for chunk in chunks(found.watch(rows)):
+            # The name holds the hash of all rows up to the end of the part: other rows, another part.
+            parts.append(output.partial / f"{len(parts):08}-{found.digest[:16]}{output.path.suffix}")
+            if parts[-1].exists():
+                progress.skip(len(chunk))
+            else:
+                yield parts[-1], chunk
+
+    if workers > 1:
+        written = write_parts(missing(), annotator, output.partial, workers)
+    else:
+        written = (write_part(part, chunk, annotator) for part, chunk in missing())
+    with closing(written):  # ends the workers, whatever happens
+        for rows_and_tokens in written:
+            progress.add(*rows_and_tokens)
+    return parts
