@@ -5,7 +5,7 @@ Axes: N texts, Q queries, H the full vector, E the projected one.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from evaluation.metrics import ndcg, neighbours_kept, ranked_documents, recall_a
 
 NEIGHBOURS = 10
 NEIGHBOUR_SET = "wnut17"
-PAIR_SETS = ("stsb", "sts_unseen", "sick_r")
-RETRIEVAL_SETS = ("scifact", "squad_sentences")
+PAIR_SETS = ("stsb", "sick_r", "sts_unseen")
+RETRIEVAL_SETS = ("squad_sentences", "scifact")
 ENCODED_TOGETHER = 1000  # texts in a file of the cache
 
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -76,8 +76,10 @@ def prefix_views(matrix: np.ndarray, dims: Iterable[int]) -> dict[str, View]:
     return {str(matrix.shape[1]): lambda vectors: vectors, **{str(dim): project(dim) for dim in dims}}
 
 
-def measure_embedding(encode: Encode, data: Path, views: Mapping[str, View]) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns the figures of each test set in each view: overlap@10, Spearman's correlation, nDCG@10 and recall@100.
+def measure_embedding(
+    encode: Encode, data: Path, views: Mapping[str, View]
+) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """Yields each test set's name and its figures in each view: overlap@10, Spearman's correlation, or nDCG@10 and recall@100.
 
     Args:
         encode: Texts to vectors, float [N, H]; every test set is encoded once.
@@ -87,17 +89,14 @@ def measure_embedding(encode: Encode, data: Path, views: Mapping[str, View]) -> 
     Raises:
         FileNotFoundError: A data set is missing; the message names its file.
     """
-    measures: dict[str, Callable[[Encode, Path], Measure]] = {
+    prepare: dict[str, Callable[[Encode, Path], Measure]] = {
         NEIGHBOUR_SET: neighbour_measure,
         **dict.fromkeys(PAIR_SETS, pair_measure),
         **dict.fromkeys(RETRIEVAL_SETS, retrieval_measure),
     }
-    found: dict[str, dict[str, dict[str, float]]] = {view: {} for view in views}
-    for name, prepare in measures.items():
-        measure = prepare(encode, data / name)
-        for view, project in views.items():
-            found[view][name] = measure(project)
-    return found
+    for name, measure_of in prepare.items():
+        measure = measure_of(encode, data / name)
+        yield name, {view: measure(project) for view, project in views.items()}
 
 
 def neighbour_measure(encode: Encode, folder: Path, split: str = "test") -> Measure:
