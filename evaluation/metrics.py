@@ -4,7 +4,7 @@ Every metric has an interval next to it: the 95 % percentile bootstrap (Efron 19
 row's share in a metric is computed once; a resample only adds them up. Axes: N rows, R resamples, C labels, E embedding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import pearsonr, rankdata, spearmanr
@@ -273,6 +273,42 @@ def neighbours_shared(before: np.ndarray, after: np.ndarray, count: int) -> np.n
 def neighbours_kept(before: np.ndarray, after: np.ndarray, count: int) -> float:
     """Returns the mean over texts of `neighbours_shared`, in [0, 1]."""
     return float(neighbours_shared(before, after, count).mean())
+
+
+def ranked_documents(queries: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
+    """Returns the indices of each query's `count` nearest documents by cosine similarity, best first, int [Q, count].
+
+    Args:
+        queries: float [Q, E].
+        documents: float [N, E]; if N is less than `count`, all are ranked.
+        count: At least 1.
+    """
+    similarity = _unit(queries) @ _unit(documents).T  # [Q, N]
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :count]
+
+
+def ndcg(ranking: np.ndarray, gains: Sequence[Mapping[int, float]], count: int = 10) -> np.ndarray:
+    """Returns each query's normalized discounted cumulative gain at `count`, float [Q] in [0, 1] (Järvelin and Kekäläinen 2002).
+
+    Args:
+        ranking: int [Q, at least `count` or all documents], from `ranked_documents`.
+        gains: Each query's relevant documents and how relevant each is, above 0. A query without any scores 0.
+        count: How many ranks count.
+    """
+    discounts = 1 / np.log2(np.arange(2, count + 2))
+    found = np.zeros((len(ranking), count))
+    ideal = np.zeros((len(ranking), count))
+    for row, (documents, gain) in enumerate(zip(ranking[:, :count].tolist(), gains, strict=True)):
+        found[row, : len(documents)] = [gain.get(document, 0.0) for document in documents]
+        best = sorted(gain.values(), reverse=True)[:count]
+        ideal[row, : len(best)] = best
+    return _ratio(found @ discounts, ideal @ discounts)
+
+
+def recall_at(ranking: np.ndarray, gains: Sequence[Mapping[int, float]], count: int = 100) -> np.ndarray:
+    """Returns the share of each query's relevant documents among its first `count`, float [Q] in [0, 1]; see `ndcg`."""
+    found = [len(gain.keys() & set(row)) for row, gain in zip(ranking[:, :count].tolist(), gains, strict=True)]
+    return _ratio(np.array(found, dtype=float), np.array([len(gain) for gain in gains], dtype=float))
 
 
 def _nearest(vectors: np.ndarray, count: int) -> np.ndarray:
