@@ -4,14 +4,8 @@ DATA ?=
 # The starting encoder, a Hub id or a folder.
 ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
 RUN ?= runs/release
-# The release is the mean of runs that differ in this seed, moved so far from the start.
-SEEDS = 13 1 2
-SCALE = 1.1
 RECIPE = training/recipes/release.toml
 FROM_DATA = $(if $(DATA),--data $(DATA))
-# Texts that no task trains on, to measure how much of the starting embedding is kept.
-NEIGHBOURS = --neighbours $(if $(DATA),wnut17,leondz/wnut_17@refs/convert/parquet) test tokens
-TASKS = sentiment emotion ner similarity
 
 install:
 	pip install -r requirements-dev.txt -c constraints.txt
@@ -31,28 +25,33 @@ smoke:
 data:
 	python -m training.sources --output data
 
-# The runs that the release is made of, one after the other.
-train:
-	for seed in $(SEEDS); do \
-		python -m training.train $(RECIPE) --output $(RUN)$$seed --set sampling.seed=$$seed --encoder $(ENCODER) $(FROM_DATA) \
-		|| exit 1; \
-	done
-	python -m training.merge $(RECIPE) $(SEEDS:%=$(RUN)%) --scale $(SCALE) --output $(RUN) --encoder $(ENCODER) $(FROM_DATA)
+# The folders that the recipes read, from their publishers' files.
+data:
+	python -m training.sources --output data
 
-# For the negative-transfer table: one run on all tasks, and the single-task run of each, by the same recipe.
-single:
-	python -m evaluation.evaluate $(RUN)$(firstword $(SEEDS))/final --split test --output results/together.json $(FROM_DATA)
-	for task in $(TASKS); do \
-		python -m training.train $(RECIPE) --only $$task --output runs/$$task --encoder $(ENCODER) $(FROM_DATA) && \
-		python -m evaluation.evaluate runs/$$task/final --only $$task --split test --output results/single_$$task.json $(FROM_DATA) \
+projection:
+	python -m training.projection --encoder $(ENCODER) --data $(DATA) --output runs/projection.safetensors
+
+train:
+	python -m training.train $(RECIPE) --output $(RUN) --encoder $(ENCODER) $(FROM_DATA)
+
+# The architecture on the literature's benchmarks: one model for all tasks, and the single-task run of each.
+research:
+	python -m training.train training/recipes/research.toml --output runs/research --encoder $(ENCODER) $(FROM_DATA)
+	for task in sentiment emotion ner; do \
+		python -m training.train training/recipes/research.toml --only $$task --output runs/$$task --encoder $(ENCODER) $(FROM_DATA) \
 		|| exit 1; \
 	done
 
 evaluate:
 	for split in validation test; do \
-		python -m evaluation.evaluate . --split $$split --reference $(ENCODER) $(NEIGHBOURS) $(FROM_DATA) \
+		python -m evaluation.evaluate . --split $$split $(FROM_DATA) \
 			--output results/release$$([ $$split = test ] || echo _$$split).json || exit 1; \
 	done
+	python -m evaluation.evaluate . --split test --rewrite lower $(FROM_DATA) --output results/release_lower.json
+	python -m evaluation.evaluate . --recipe training/recipes/outside.toml --split test $(FROM_DATA) --output results/outside.json
+	python -m evaluation.evaluate . --recipe training/recipes/outside.toml --only ner --rewrite lower --split test $(FROM_DATA) \
+		--output results/outside_lower.json
 
 # The exports for ONNX Runtime; with DATA=…, also what they cost in quality.
 onnx:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel  # names that transformers 4 knows too: handler.py
 from transformers import __version__ as transformers_version
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -412,7 +412,7 @@ class MultiTaskModel(PreTrainedModel):
             forked = encoded.hidden_states[-1 - self.config.num_task_layers]
         else:
             forked = trunk(**inputs, **nothing, return_dict=True, **kwargs).last_hidden_state
-            encoded = ModelOutput(last_hidden_state=None, hidden_states=None, attentions=None)
+            encoded = BaseModelOutput()  # of nothing
         inputs = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
         inputs["inputs_embeds"] = self.task_branch(forked, casing)
         return encoded, branch(**inputs, **nothing, return_dict=True, **kwargs).last_hidden_state

@@ -62,13 +62,15 @@ from training.data import (
     load_split,
     load_task_split,
     make_examples,
+    rewrite,
+    rewrite_tokens,
     split_names,
     tagged_rows,
     task_labels,
     word_tags,
 )
 from training.objectives import fold_unsaid, unsaid_labels
-from training.recipe import POSITIVE_PAIRS, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
+from training.recipe import POSITIVE_PAIRS, REWRITES, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
@@ -89,6 +91,7 @@ def measure(
     intervals: bool = False,
     limit: int | None = None,
     plots: Path | None = None,
+    form: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each task (each "<task>/<data set>" of one with several), `metrics` (name to value), `intervals` (name to [low, high]), and on what it was measured.
 
@@ -103,6 +106,7 @@ def measure(
         reference: The starting encoder (folder or Hub id); adds to the tasks of pairs how far the model is from it.
         intervals: Whether to compute the 95 % bootstrap interval of every metric; if not, `intervals` is empty.
         limit: Only the first so many rows of each split are read.
+        form: How the texts are rewritten first, see `REWRITES`; None: as they are.
         plots: Folder to draw each classification head's confusion matrix and reliability diagram in.
 
     Raises:
@@ -116,7 +120,7 @@ def measure(
         name = key.partition("/")[0]
         data = _first_rows(task, load_task_split(task, split), limit)
         if task.has_head:
-            predictions = predict(pipe, name, task, data)
+            predictions = predict(pipe, name, task, data, form)
             metrics, ranges = measure_head(predictions, intervals)
             if plots:
                 _draw(plots, key.replace("/", "_"), predictions)
@@ -189,8 +193,8 @@ class Predictions:
         return softmax(self.logits, axis=1)
 
 
-def predict(pipe: Any, name: str, task: TaskRecipe, data: Dataset) -> Predictions:
-    """Returns what head `name` says of the rows that have a label.
+def predict(pipe: Any, name: str, task: TaskRecipe, data: Dataset, form: str | None = None) -> Predictions:
+    """Returns what head `name` says of the rows that have a label, their texts rewritten in a form of `REWRITES` or as they are.
 
     Raises:
         ValueError: The model has no such head or lacks a label of the data set, or no row has a label.
@@ -204,19 +208,19 @@ def predict(pipe: Any, name: str, task: TaskRecipe, data: Dataset) -> Prediction
     names = task_labels(task, data)
     if spec.problem_type != REGRESSION and (unknown := [label for label in names if label not in spec.labels]):
         raise DataError(f"tasks.{name}: the data set has the labels {unknown}; the head knows {', '.join(spec.labels)}.")
-    found = (_predict_words if spec.kind == TOKEN else _predict_texts)(pipe, name, task, data, names)
+    found = (_predict_words if spec.kind == TOKEN else _predict_texts)(pipe, name, task, data, names, form)
     if not len(found.truth):
         raise DataError(f"tasks.{name} ({task.dataset}): no row has a label in column {task.label_column!r}.")
     return found
 
 
-def _predict_texts(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names: list[str]) -> Predictions:
+def _predict_texts(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names: list[str], form: str | None) -> Predictions:
     spec = pipe.model.config.task_specs[name]
     examples = make_examples(task, data, names, pipe.tokenizer, f"tasks.{name} ({task.dataset})")
     given = np.array([example["labels"] for example in examples])
     labelled = ~np.isnan(given) if spec.problem_type == REGRESSION else given != IGNORE_INDEX
     rows = np.flatnonzero(labelled if given.ndim == 1 else labelled.all(axis=1))
-    answered = list(answers(pipe, name, [examples[row]["text"] for row in rows]))
+    answered = list(answers(pipe, name, [rewrite(examples[row]["text"], form) for row in rows]))
     logits = np.array([logits for _, _, logits in answered]).reshape(len(rows), len(spec.labels))
     if spec.problem_type == REGRESSION:
         return Predictions(spec, logits, logits, given[rows], rows)
@@ -230,10 +234,10 @@ def _predict_texts(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names:
     return Predictions(spec, logits, predicted, truth, rows)
 
 
-def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names: list[str]) -> Predictions:
+def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names: list[str], form: str | None) -> Predictions:
     """Returns what a token head says of words; a row's tokens are joined by spaces and found again by the model."""
     spec = pipe.model.config.task_specs[name]
-    tagged = tagged_rows(task, data, names, f"tasks.{name} ({task.dataset})")
+    tagged = [rewrite_tokens(*row, form) for row in tagged_rows(task, data, names, f"tasks.{name} ({task.dataset})")]
     tokens, truth = [row for row, _ in tagged], [tags for _, tags in tagged]
     unsaid, outside = unsaid_labels(task, spec.labels), spec.labels.index("O") if spec.is_bio else None
     logits, labels, rows, found = [], [], [], []
@@ -455,6 +459,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="TASK", help="measure these tasks of the recipe alone")
     parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--rewrite", choices=REWRITES, help="rewrite the texts first, for instance in lower case")
     parser.add_argument("--reference", help="the starting encoder, to measure how far the embedding has moved from it")
     parser.add_argument(
         "--neighbours",
@@ -480,6 +485,8 @@ def command(args: argparse.Namespace) -> str:
     if args.only:
         parts.append(f"--only {' '.join(args.only)}")
     parts.append(f"--split {args.split}")
+    if args.rewrite:
+        parts.append(f"--rewrite {args.rewrite}")
     if args.reference:
         parts.append("--reference ENCODER")
     if args.neighbours:
@@ -499,7 +506,7 @@ def main() -> None:
             recipe, public = recipe.only(*args.only), public.only(*args.only)
         check_splits(recipe, args.split, neighbours)
         pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
-        tasks = measure(pipe, recipe, args.split, args.reference, intervals=True, plots=args.plots)
+        tasks = measure(pipe, recipe, args.split, args.reference, intervals=True, plots=args.plots, form=args.rewrite)
     except (RecipeError, DataError) as error:
         sys.exit(str(error))
     result = {

@@ -16,7 +16,7 @@ from unittest import mock
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from evaluation.evaluate import DEFAULT_RECIPE, fingerprint, measure_head, predict, surroundings
+from evaluation.evaluate import ROOT, fingerprint, measure_head, predict, surroundings
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import BioScheme, MultiTaskPipeline
 from training.data import load_task_split
@@ -25,6 +25,7 @@ from training.recipe import Recipe, TaskRecipe
 TASK = "ner"
 PASSAGES = (3, 5, 10)
 OUTPUT = Path("results/reading.json")
+RECIPE = ROOT / "training/recipes/research.toml"  # whose model this is about
 
 
 def joined(data: Dataset, rows: int) -> Dataset:
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
     args = parser.parse_args()
-    task = Recipe.read(DEFAULT_RECIPE, args.data).tasks[TASK]
+    task = Recipe.read(RECIPE, args.data).tasks[TASK]
     pipe = MultiTaskPipeline(
         model=MultiTaskModel.from_pretrained(args.model).eval(), tokenizer=AutoTokenizer.from_pretrained(args.model)
     )

@@ -4,6 +4,7 @@ If picklescan is installed (`pip install picklescan`), it looks through every fi
 """
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -14,11 +15,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from configuration_multitask import AUTO_MAP, CUSTOM_PIPELINES, WEIGHTS_INDEX, MultiTaskConfig
-from modeling_multitask import MultiTaskModel, WeightsError, blank_model, check_weight_map
-from release.export import CODE_FILES, ENCODER_FILE, release_key, sentence_transformers_files
+from modeling_multitask import MultiTaskModel
+from pipeline_multitask import MultiTaskPipeline
+from release import golden
+from release.export import CODE_FILES, ENCODER_FILE, ROOT, TOKENIZER_FILES, release_key, sentence_transformers_files
+from weights_multitask import WeightsError, file_problems, read_index, sha256
 
 _PICKLES = {
     ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5", ".keras", ".npy", ".npz"
@@ -126,6 +132,8 @@ def _check_config(fields: dict[str, Any], config: MultiTaskConfig) -> list[str]:
         "multitask_weights": WEIGHTS_INDEX,
         "dtype": "float32",
     }
+    if "attn_implementation" in fields or "_attn_implementation" in fields:
+        return ["config.json: attn_implementation belongs to no release; it is the user's choice while loading"]
     problems = [
         f"config.json: {name} is {fields.get(name)!r}, should be {value!r}"
         for name, value in expected.items()
@@ -161,35 +169,43 @@ def _check_sentence_transformers(folder: Path, config: MultiTaskConfig) -> list[
 
 
 def _check_weights(folder: Path, config: MultiTaskConfig) -> list[str]:
-    """Compares index, files and the model that the configuration describes: same keys, same places, same shapes."""
+    """Compares index, files and the model that the configuration describes: same keys, places and shapes, same digests."""
     try:
-        weight_map = check_weight_map(_read(folder / WEIGHTS_INDEX), WEIGHTS_INDEX)
-        model = blank_model(config)
+        index = read_index(folder / WEIGHTS_INDEX)
+        with torch.device("meta"):
+            model = MultiTaskModel(copy.deepcopy(config))
     except (ImportError, ValueError, WeightsError) as error:
         return [str(error)]
-    expected = {}
-    for key, value in model.state_dict().items():
-        name, file = release_key(key, model.base_model_prefix)
-        expected[name, file] = list(value.shape)
-    stored, problems = {}, []
-    for file in sorted({file for _, file in expected} | set(weight_map.values())):
-        try:
-            with safe_open(folder / file, framework="pt") as weights:
-                stored.update({(name, file): weights.get_slice(name).get_shape() for name in weights.keys()})  # noqa: SIM118 (no dict)
-        except (OSError, SafetensorError) as error:
-            problems.append(f"{file}: cannot be read: {error}")
-    indexed = set(weight_map.items())
-    problems += [f"{WEIGHTS_INDEX}: {name} should be in {file}" for name, file in sorted(set(expected) - indexed)]
-    problems += [
-        f"{WEIGHTS_INDEX}: {name} in {file} belongs to no such model" for name, file in sorted(indexed - set(expected))
-    ]
-    problems += [f"{file}: {name} is missing" for name, file in sorted(set(expected) - set(stored))]
-    problems += [f"{file}: {name} belongs to no such model" for name, file in sorted(set(stored) - set(expected))]
-    problems += [
-        f"{file}: {name} has shape {stored[name, file]}, config.json asks for {expected[name, file]}"
-        for name, file in sorted(set(stored) & set(expected))
-        if stored[name, file] != expected[name, file]
-    ]
+    shapes = {release_key(key, model.base_model_prefix): list(x.shape) for key, x in model.state_dict().items()}
+    expected, indexed = set(shapes), set(index["weight_map"].items())
+    problems = [f"{WEIGHTS_INDEX}: {name} should be in {file}" for name, file in sorted(expected - indexed)]
+    problems += [f"{WEIGHTS_INDEX}: {name} in {file} belongs to no such model" for name, file in sorted(indexed - expected)]
+    problems += file_problems(index, lambda file: folder / file)
+    problems += [x for x in _check_digests(folder, index) if x not in problems]
+    return problems or _check_shapes(folder, shapes)
+
+
+def _check_digests(folder: Path, index: dict[str, Any]) -> list[str]:
+    """Returns what is wrong with the digests that an index holds, of files of any size."""
+    digests = index["metadata"].get("sha256", {})
+    stored = {*index["weight_map"].values(), *(name for name in TOKENIZER_FILES if (folder / name).exists())}
+    problems = [f"{WEIGHTS_INDEX}: metadata.sha256 lacks {file}" for file in sorted(stored - set(digests))]
+    for file, digest in digests.items():
+        if not (folder / file).is_file():
+            problems.append(f"{file}: missing, but {WEIGHTS_INDEX} has its sha256")
+        elif sha256(folder / file) != digest:
+            problems.append(f"{file}: its sha256 is not the one in {WEIGHTS_INDEX}; fetch or export all again")
+    return problems
+
+
+def _check_shapes(folder: Path, shapes: dict[tuple[str, str], list[int]]) -> list[str]:
+    problems = []
+    for file in sorted({file for _, file in shapes}):
+        with safe_open(folder / file, framework="pt") as weights:
+            for name in sorted(name for name, place in shapes if place == file):
+                stored, expected = weights.get_slice(name).get_shape(), shapes[name, file]
+                if stored != expected:
+                    problems.append(f"{file}: {name} has shape {stored}, config.json asks for {expected}")
     return problems
 
 
@@ -201,12 +217,18 @@ def _check_root(folder: Path) -> list[str]:
 
 
 def _check_loading(folder: Path) -> list[str]:
-    """Returns why a folder does not load in which nothing else was found, such as integers in place of weights."""
+    """Returns why a folder does not load in which nothing else was found, or what it says that it should not.
+
+    Weights that are not finite and a tokenizer that does not fit are found here. Where the folder holds golden outputs, the
+    model must give them again.
+    """
     try:
-        MultiTaskModel.from_pretrained(folder)
+        model = MultiTaskModel.from_pretrained(folder)
+        pipe = MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
     except (ImportError, OSError, ValueError, WeightsError) as error:
         return [f"does not load: {error}"]
-    return []
+    path = folder / golden.GOLDEN.relative_to(ROOT)
+    return golden.differences(golden.answers(pipe), _read(path)) if path.exists() else []
 
 
 def main() -> None:

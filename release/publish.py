@@ -1,7 +1,7 @@
 """Publishes a release on the Hub, by default this repository: `python -m release.publish USER/NAME --revision v1.0`
 
 A copy of the files is checked (`release.check`), searched for secrets and uploaded as a pull request. A fresh process with
-an empty cache then loads the pull request in every way and compares its answers with `tests/golden.json`. Only if they
+an empty cache then loads the pull request in every way and compares its answers with `release/golden.json`. Only if they
 match is the pull request merged and the merge tagged. If anything fails before that, `main` stays as it is and the pull
 request is closed; in a public repository its files remain visible until its ref is deleted on the website.
 
@@ -32,16 +32,16 @@ from transformers.utils import logging
 
 from configuration_multitask import WEIGHTS_INDEX
 from pipeline_multitask import ONNX_FILES
+from release import golden, ways
 from release.card import can_render, render_card
 from release.check import check, git_files
 from release.export import ROOT
-from tests import golden, ways
 
 # Of a folder that is no git checkout, these are published; other files may be data, checkpoints or credentials.
 _RELEASE_FILES = (
     "*.md", "*.py", "LICENSE", "config*.json", "modules.json", "sentence_bert_config.json", "tokenizer*.json", "vocab.txt",
     WEIGHTS_INDEX, "model.safetensors", "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "heads/model.safetensors",
-    "results/*.json", "tests/golden.json",
+    "results/*.json", "release/golden.json",
 )  # fmt: skip
 _HUB_FILE = ".gitattributes"  # the Hub's record of which files are in LFS
 # Tokens of Hugging Face, GitHub, GitLab, OpenAI and Anthropic, Google, Slack and AWS, and private keys.
@@ -259,23 +259,23 @@ def _tree(api: HfApi, repo_id: str, revision: str) -> dict[str, str]:
 
 
 def load_back(snapshot: Path, repo_id: str, commit: str) -> None:
-    """Loads a commit from the Hub in every way and compares its answers with tests/golden.json, or else the snapshot's own.
+    """Loads a commit from the Hub in every way and compares its answers with release/golden.json, or else the snapshot's own.
 
     Raises:
         PublishError: It does not load in a fresh process with an empty cache, or the answers differ.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        expected, outputs = snapshot / "tests/golden.json", Path(folder, "outputs.npz")
+        expected, outputs = snapshot / "release/golden.json", Path(folder, "outputs.npz")
         if not expected.exists():
             expected = Path(folder, "golden.json")
-            expected.write_text(json.dumps(golden.answers(str(snapshot))), "utf-8")
+            expected.write_text(json.dumps(golden.answers(golden.load(str(snapshot)))), "utf-8")
         problem = run_fresh(golden.__file__, folder, repo_id, str(expected), commit)
         problem = problem or run_fresh(ways.__file__, folder, repo_id, str(outputs), commit)
         if not problem and not _agree(outputs):
             problem = "SentenceTransformer gives other embeddings than the multitask pipeline"
     if problem:
         raise PublishError(f"What was uploaded is not the model that was expected: {problem}\n"
-                           "If tests/golden.json is older than the weights, run `python -m tests.golden`.")  # fmt: skip
+                           "If release/golden.json is older than the weights, run `python -m release.golden`.")  # fmt: skip
 
 
 def _agree(outputs: Path) -> bool:

@@ -86,7 +86,7 @@ TEXT = {"kind": "sequence_classification", "labels": ["a", "b"]}
         ({"model_type": 3}, "model_type is 3"),
         ({"pooling_mode": "median"}, "pooling_mode is 'median'; allowed: cls, mean"),
         ({"pooling_mode": ["mean"]}, r"pooling_mode is \['mean'\]"),
-        ({"embedding_dim": 0}, "embedding_dim is 0; allowed: a positive integer"),
+        ({"embedding_dim": 0}, "embedding_dim is 0; allowed: an integer from 1"),
         ({"embedding_dim": True}, "embedding_dim is True"),
         ({"embedding_dim": "256"}, "embedding_dim is '256'"),
         ({"tasks": [TEXT]}, "tasks is .* must be an object"),

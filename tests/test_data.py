@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from configuration_multitask import CASINGS
 from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX
+from pipeline_multitask import Window, find_words
 from tests.conftest import WINDOW, tiny_tokenizer
 from training.data import (
-    align_tags,
     class_names,
     cut_texts,
     hub_source,
@@ -19,7 +19,10 @@ from training.data import (
     make_batch,
     make_examples,
     pad_batch,
+    rewrite,
+    rewritten,
     task_labels,
+    word_tags,
 )
 from training.recipe import TaskRecipe
 from training.train import principal_components
@@ -32,11 +35,12 @@ def aligned(family, tokens, tags):
     """Returns the labelled words of joined tokens as (text of the first token, tag)."""
     text = " ".join(tokens)
     encoding = tiny_tokenizer(family)(text).encodings[0]
-    found = align_tags(text, encoding, token_spans(tokens), tags)
+    window = Window(0, encoding.ids)
+    find_words(window, text, encoding, True, True)
+    spans = [span for _, span in window.words]
     return [
         (text[start:end].strip()[:1], tag)
-        for (start, end), tag in zip(encoding.offsets, found, strict=True)
-        if tag is not None
+        for (start, end), tag in zip(spans, word_tags(spans, token_spans(tokens), tags), strict=True)
     ]
 
 
@@ -190,6 +194,70 @@ def test_bad_data_is_named_by_split_row_and_column(name):
         make(task, labels, **columns)
 
 
+# Several data sets for one task
+
+
+def declared(names, **columns):
+    """Returns a data set whose column y declares its label names."""
+    features = Features({"x": List(Value("string")) if isinstance(columns["x"][0], list) else Value("string")})
+    is_list = isinstance(columns["y"][0], list)
+    features["y"] = List(ClassLabel(names=names)) if is_list else ClassLabel(names=names)
+    return Dataset.from_dict(columns, features=features)
+
+
+def mapped(task, names, labels, **columns):
+    examples = make_examples(task, declared(names, **columns), labels, tiny_tokenizer(), "d, split train")
+    return [x["labels"] for x in examples]
+
+
+def test_a_mapping_turns_a_data_sets_labels_into_the_tasks():
+    task = sequence(labels=["bad", "good"], mapping={"neg": "bad", "pos": "good", "odd": ""})
+    assert mapped(task, ["pos", "neg", "odd"], ["bad", "good"], x=["a", "b", "c"], y=[0, 1, 2]) == [1, 0, IGNORE_INDEX]
+    several = mapped(task, ["pos", "neg", "odd"], ["bad", "good"], x=["a", "b", "c"], y=[[0, 2], [0, 1], [2]])
+    assert several == [1, IGNORE_INDEX, IGNORE_INDEX], "several labels of one meaning are one; of two they are none"
+
+
+def test_declared_names_count_and_not_their_order():
+    assert mapped(sequence(labels=["bad", "good"]), ["good", "bad"], ["bad", "good"], x=["a", "b"], y=[0, 1]) == [1, 0]
+
+
+def test_entity_types_are_mapped_with_their_prefixes():
+    names = ["O", "B-person", "I-person", "B-thing", "I-thing"]
+    task = token(labels=TAGS, mapping={"person": "PER", "thing": ""})
+    found = mapped(task, names, TAGS, x=[["Tim", "Cook", "iPhone"]], y=[[1, 2, 3]])
+    assert [x for x in found[0] if x != IGNORE_INDEX] == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"neg": "bad", "pos": "good", "huh": "bad"}, "mapping names 'huh', which the data set has not"),
+        ({"neg": "bad"}, "label 'pos' is mapped to nothing; add it to the mapping.*labels are: neg, pos"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_its_data_set_is_refused(mapping, message):
+    with pytest.raises(ValueError, match=message):
+        mapped(sequence(labels=["bad", "good"], mapping=mapping), ["neg", "pos"], ["bad", "good"], x=["a"], y=[0])
+
+
+def test_texts_are_rewritten_as_people_write():
+    assert [rewrite("Hello there, Tim!", form) for form in ("lower", "upper", "title", "bare", None)] == [
+        "hello there, tim!", "HELLO THERE, TIM!", "Hello There, Tim!", "Hello there, Tim", "Hello there, Tim!",
+    ]  # fmt: skip
+    assert rewrite("...", "bare") == "..."
+    (example,) = make(token(), TAGS, x=[["Tim", "Cook", "left", "."]], y=[[1, 2, 0, 0]])
+    lower = rewritten(example, "lower", TAGS, tiny_tokenizer())
+    assert lower["text"] == "tim cook left ." and [x for x in lower["labels"] if x >= 0] == [1, 2, 0, 0]
+    assert {CASINGS[i] for i in lower["casing_ids"]} == {"unknown", "lower", "punctuation"}
+    bare = rewritten(example, "bare", TAGS, tiny_tokenizer())
+    assert bare["text"] == "Tim Cook left" and [x for x in bare["labels"] if x >= 0] == [1, 2, 0]
+
+
+def test_an_invisible_character_moves_no_beginning():
+    (example,) = make(token(), TAGS, x=[["in", "\u200bParis"]], y=[[0, 3]])
+    assert [x for x in example["labels"] if x >= 0] == [0, 3]
+
+
 # Splits
 
 
@@ -236,14 +304,16 @@ def test_a_batch_of_pairs_holds_all_first_texts_and_then_all_second_ones():
     examples = make(pairs(), [], a=["x", "y"], b=["xx", "yy"], y=[0.5, 1.0])
     for i, example in enumerate(examples):
         example["target"] = torch.tensor([[i, 0.0], [i, 1.0]])
-    batch = make_batch("p", "scored_pairs", examples, 0)
+    examples = [{**x, "labels": {"p": x["labels"]}} for x in examples]
+    batch = make_batch({"p": "scored_pairs"}, examples, 0)
     assert batch["input_ids"].tolist() == [[1, 91, 2, 0], [1, 92, 2, 0], [1, 91, 185, 2], [1, 92, 186, 2]]
-    assert batch["target"].tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]] and batch["labels"].tolist() == [0.5, 1.0]
+    assert batch["target"].tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]] and batch["labels"]["p"].tolist() == [0.5, 1.0]
 
 
 def test_a_batch_of_tags_is_padded_where_nothing_counts():
-    batch = make_batch("t", "token_classification", make(token(), TAGS, x=[["A", "b"], ["c"]], y=[[1, 0], [3]]), 0)
-    assert batch["labels"].tolist() == [[-100, 1, 0, -100], [-100, 3, -100, -100]]
+    examples = make(token(), TAGS, x=[["A", "b"], ["c"]], y=[[1, 0], [3]])
+    batch = make_batch({"t": "token_classification"}, [{**x, "labels": {"t": x["labels"]}} for x in examples], 0)
+    assert batch["labels"]["t"].tolist() == [[-100, 1, 0, -100], [-100, 3, -100, -100]]
     assert batch["casing_ids"].tolist() == [[0, 4, 1, 0], [0, 1, 0, 0]]
 
 

@@ -26,11 +26,12 @@ from transformers import (
 from configuration_multitask import POOLING_MODES
 from modeling_multitask import MultiTaskForTokenClassification, MultiTaskModel, WeightsError
 from release import onnx as release_onnx
+from release import ways as ways_script
 from release.export import export
 from tests.conftest import ENCODERS, ROOT, TASKS, TEXTS, write_release
 from tests.loopback_hub import LoopbackHub
 
-WAYS = Path(__file__).with_name("ways.py")
+WAYS = Path(ways_script.__file__)
 
 
 def outputs_in_a_fresh_process(
@@ -82,7 +83,7 @@ def test_a_release_made_from_a_saved_model_gives_the_same(release, local_outputs
     model = AutoModel.from_pretrained(release, trust_remote_code=True)
     model.save_pretrained(tmp_path / "saved")
     AutoTokenizer.from_pretrained(release).save_pretrained(tmp_path / "saved")
-    export(tmp_path / "saved", tmp_path / "again", dtype=torch.float32)
+    export(tmp_path / "saved", tmp_path / "again", release, dtype=torch.float32)
     again = outputs_in_a_fresh_process(str(tmp_path / "again"), tmp_path, dict(os.environ))
     assert_all_ways_agree(again)
     for key, value in local_outputs.items():
@@ -136,7 +137,7 @@ def test_a_configuration_saved_into_its_release_goes_on_loading(release, tmp_pat
 
 
 def test_another_number_of_labels_is_refused_and_not_ignored(release):
-    for options in ({"num_labels": 5}, {"id2label": {0: "a", 1: "b", 2: "c"}}):
+    for options in ({"num_labels": 5}, {"num_labels": 2}, {"id2label": {0: "a", 1: "b", 2: "c"}}):
         with pytest.raises(ValueError, match=r"the head 'sentiment' has \['negative'.*add_task"):
             AutoModelForSequenceClassification.from_pretrained(release, trust_remote_code=True, **options)
 
@@ -328,11 +329,35 @@ DAMAGE = {
     ),
     "encoder weight missing": (
         lambda r: edit_weights(r / "model.safetensors", lambda x: x.pop("embeddings.LayerNorm.bias")),
-        "bert.embeddings.LayerNorm.bias: missing in model.safetensors",
+        "embeddings.LayerNorm.bias: missing in model.safetensors",
     ),
     "weight too many": (
         lambda r: edit_weights(r / HEADS, lambda x: x.update(other=torch.zeros(2))),
-        "other: stored, but config.json describes no such weight",
+        "other: stored in heads/model.safetensors, but the index does not name it there",
+    ),
+    "a second projection where the encoder lies": (
+        lambda r: edit_weights(r / "model.safetensors", lambda x: x.update({"linear.weight": -torch.eye(8, 32)})),
+        "linear.weight: stored in model.safetensors, but the index does not name it there",
+    ),
+    "an encoder weight under the model's prefix too": (
+        lambda r: edit_weights(r / "model.safetensors", lambda x: x.update({"bert.pooler.dense.bias": torch.zeros(32)})),
+        "bert.pooler.dense.bias: stored in model.safetensors, but the index does not name it there",
+    ),
+    "integers in place of weights": (
+        lambda r: edit_weights(r / HEADS, lambda x: x.update({"heads.pos.classifier.bias": torch.zeros(3).long()})),
+        "heads.pos.classifier.bias: heads/model.safetensors holds numbers of type I64, weights are floating-point",
+    ),
+    "heads of another release": (
+        lambda r: edit_weights(r / HEADS, lambda x: x["heads.pos.classifier.bias"].add_(1)),
+        "heads/model.safetensors is not the file of this release: its sha256",
+    ),
+    "more task layers than stored": (
+        lambda r: edit_json(r / "config.json", lambda x: x.update(num_task_layers=2)),
+        r"task_branch.layers.1.* \(num_task_layers is 2\)",
+    ),
+    "fewer task layers than stored": (
+        lambda r: edit_json(r / "config.json", lambda x: x.update(num_task_layers=0)),
+        r"task_branch.casing.weight: stored, but config.json describes no such weight \(num_task_layers is 0\)",
     ),
     "label too many": (
         lambda r: edit_json(r / "config.json", lambda x: x["tasks"]["sentiment"]["labels"].append("mixed")),
@@ -375,7 +400,9 @@ def test_a_broken_repository_names_the_file_and_the_field(release, damage, tmp_p
         (lambda x: x.update(tasks=["sentiment"]), "tasks is .* must be an object"),
         (lambda x: x["tasks"].update(sentiment="three labels"), "tasks.sentiment is 'three labels'"),
         (lambda x: x["tasks"]["ner"].pop("labels"), r"tasks.ner lacks the fields \['labels'\]"),
-        (lambda x: x.update(pooling_mode="first"), "pooling_mode is 'first'"),
+        (lambda x: x.update(pooling_mode="first"), "config.json: pooling_mode is 'first'"),
+        (lambda x: x.update(num_task_layers=-1), "config.json: num_task_layers is -1"),
+        (lambda x: x.update(num_task_layers=9), "config.json: num_task_layers is 9; allowed: an integer from 0 .* to 2"),
         (lambda x: x.update(multitask_weights="../x.safetensors.index.json"), "x.safetensors.index.json"),
     ],
 )
@@ -405,7 +432,9 @@ def test_a_plain_encoder_is_not_taken_for_a_multitask_model(release, tmp_path):
     edit_json(tmp_path / "config.json", lambda x: (x.pop("multitask_weights"), x.update(embedding_dim=None)))
     with pytest.raises(WeightsError, match="heads.ner.classifier.weight: missing in the stored weights"):
         MultiTaskModel.from_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", lambda x: x.update(tasks={}))
+    with pytest.raises(WeightsError, match=r"task_branch.casing.weight: missing .* \(num_task_layers is 1\)"):
+        MultiTaskModel.from_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", lambda x: x.update(tasks={}, num_task_layers=0))
     assert len(MultiTaskModel.from_pretrained(tmp_path).heads) == 0  # asks for nothing that is not there
 
 

@@ -321,8 +321,8 @@ def test_a_branch_is_saved_loaded_and_copied_whole(tmp_path):
     for again in (MultiTaskModel.from_pretrained(tmp_path), copy.deepcopy(model)):
         assert_same_outputs(run(model), run(again), tolerance=1e-5)  # last bits depend on where weights lie in memory
         with torch.no_grad():  # its parts belong together: the views of the encoder run its own layers
-            again.task_branch.layers[0].attention.output.dense.weight.add_(1.0)
-            again.encoder.encoder.layer[0].attention.output.dense.weight.add_(1.0)
+            again.task_branch.layers[0].attention.output.dense.weight.mul_(2)
+            again.encoder.encoder.layer[0].attention.output.dense.weight.mul_(2)
         changed, labels = run(again), run(again, output_embedding=False)
         assert not torch.allclose(changed.sentence_embedding, run(model).sentence_embedding)
         assert_same_outputs(changed, run(again, output_hidden_states=True), tolerance=1e-5)
@@ -582,7 +582,7 @@ def test_the_base_model_is_the_encoder_and_embeddings_can_be_resized(tmp_path):
     model.save_pretrained(tmp_path)
     again = MultiTaskModel.from_pretrained(tmp_path)
     assert again.get_input_embeddings().num_embeddings == 330 == again.encoder.config.vocab_size
-    assert_same_outputs(run(model), run(again))
+    assert_same_outputs(run(model), run(again), tolerance=1e-5)
 
 
 # Head views

@@ -17,6 +17,7 @@ from training.objectives import (
     embedding_loss,
     label_counts,
     preserve_loss,
+    unsaid_labels,
 )
 from training.recipe import TaskRecipe
 
@@ -140,3 +141,25 @@ def test_loss_weights_by_hand():
     assert learned("a", one).item() == pytest.approx(2 * math.exp(-1) + 0.5)
     learned("b", one).backward()
     assert learned.log_variances["b"].grad.item() == pytest.approx(-0.5), "a loss of 1 is more than its variance explains"
+
+
+def test_labels_that_a_data_set_never_marks_are_not_punished():
+    spec = TaskSpec(kind="token_classification", labels=["O", "B-PER", "I-PER", "B-MISC", "I-MISC"])
+    task = TaskRecipe(kind=spec.kind, dataset="d", text_columns=["x"], label_column="y", labels=spec.labels, unsaid=["MISC"])
+    assert unsaid_labels(task, spec.labels) == [3, 4]
+    logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([[0, 1, IGNORE_INDEX]])
+    loss = classification_loss(spec, logits, labels, task, None)
+    p = logits.detach().softmax(-1)[0]
+    expected = -((p[0, 0] + p[0, 3] + p[0, 4]).log() + p[1, 1].log()) / 2
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    # Where an O may hide a MISC, the step leaves their ratio alone: neither is preferred to the other.
+    grad = logits.grad[0, 0]
+    torch.testing.assert_close(grad[[0, 3, 4]] / p[0, [0, 3, 4]], (grad[0] / p[0, 0]).expand(3))
+    assert logits.grad.isfinite().all()
+    text = TaskSpec(kind="sequence_classification", labels=["a", "b", "c"])
+    task = TaskRecipe(kind=text.kind, dataset="d", text_columns=["x"], label_column="y", labels=text.labels, unsaid=["c"])
+    scores = torch.tensor([[1.0, 2.0, 9.0]])
+    loss = classification_loss(text, scores, torch.tensor([1]), task, None)
+    torch.testing.assert_close(loss, -scores[:, :2].log_softmax(-1)[0, 1])

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from release import publish
+from release import golden, publish
 from release.publish import PublishError, release_files
-from tests import golden
 from tests.conftest import ROOT, write_release
 from tests.loopback_hub import HubError, LoopbackHub
 
@@ -146,10 +145,10 @@ def test_a_release_is_merged_into_main_after_it_was_loaded_from_the_hub(hub, fol
 
 
 def test_what_answers_otherwise_never_reaches_main(hub, folder, monkeypatch):
-    answers = golden.answers(str(folder))
+    answers = golden.answers(golden.load(str(folder)))
     answers[0]["labels"]["sentiment"]["negative"] += 0.1
     (folder / "tests").mkdir()
-    (folder / "tests/golden.json").write_text(json.dumps(answers))
+    (folder / "release/golden.json").write_text(json.dumps(answers))
     message = (
         r"not the model that was expected: sentiment of \"Tim Cook .*(\n.*)+\nNothing is published: main of user/tiny is"
     )

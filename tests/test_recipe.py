@@ -1,5 +1,6 @@
 """Recipes: everything wrong is reported at once, with its place in the file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
         (["run.seed=-1"], "run.seed is -1; it must be at least 0 and at most 4294967295"),
         (["optimizer.groups=[{pattern='(', learning_rate=1}]"], "optimizer.groups[0].pattern is '(', no regular expression"),
         (["optimizer.groups=[{pattern='x', learning_rate=-1}]"], "optimizer.groups[0].learning_rate is -1.0; it must be"),
-        (["tasks.drift.kind=x"], "tasks.drift.dataset is missing"),
+        (["tasks.drift.kind=sequence_classification"], "tasks.drift.dataset is missing; name one, or several"),
         (["model.prefix_dims=[9]"], "model.prefix_dims holds 9; a prefix of the embedding has from 1 to 8 numbers"),
         (["tasks={}"], "--set tasks={}: it must have the form section.key=value, such as run.seed=7"),
         (["seed"], "--set seed: it must have the form section.key=value"),
@@ -138,5 +139,65 @@ def test_a_single_task_run_is_the_same_recipe_with_one_task(tmp_path):
 def test_the_recipes_of_this_repository_are_sound(path):
     recipe = Recipe.read(path, data=Path("copies"), encoder="folder")
     assert recipe.model.encoder == "folder"
-    assert all(task.dataset == str(Path("copies") / str(task.folder)) for task in recipe.tasks.values())
-    assert path.read_text().startswith("# python -m training."), "a recipe starts with the command that runs it"
+    assert all(task.dataset == str(Path("copies") / str(task.folder)) for task in recipe.parts.values())
+    assert re.match(r"# python -m (training|evaluation)\.", path.read_text()), (
+        "a recipe starts with the command that runs it"
+    )
+
+
+# A task of several data sets, and the task branch
+
+
+def several(**changes):
+    """Returns the parsed recipe of a forked model whose only task has two data sets."""
+    part = {"text_columns": ["x"], "label_column": "y"}
+    datasets = {"a": {"dataset": "da", **part}, "b": {"dataset": "db", **part, "epochs": 2.0}}
+    task = {"kind": "sequence_classification", "labels": ["bad", "good"], "datasets": datasets, **changes.pop("task", {})}
+    model = {"encoder": "e", "max_length": 16, "num_task_layers": 2, **changes.pop("model", {})}
+    return {"model": model, "tasks": {"mood": task}, "optimizer": {"learning_rate": 1e-4}, **changes}
+
+
+def test_a_task_of_several_data_sets_is_one_task_on_each():
+    recipe = Recipe.build(several(), "test")
+    parts = recipe.parts
+    assert list(parts) == ["mood/a", "mood/b"] and parts["mood/b"].epochs == 2 and parts["mood/a"].labels == ["bad", "good"]
+    assert [x.dataset for x in parts.values()] == ["da", "db"] and not any(x.datasets for x in parts.values())
+
+
+def with_part(**fields):
+    recipe = several()
+    recipe["tasks"]["mood"]["datasets"]["a"].update(fields)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (with_part(mapping={"n": "awful"}), "tasks.mood.datasets.a.mapping.n is 'awful'; allowed: bad, good, or an empty"),
+        (with_part(unsaid=["awful"]), "tasks.mood.datasets.a.unsaid holds 'awful'; allowed: bad, good"),
+        (with_part(unsaid=["bad"], mapping={"n": "bad"}), "datasets.a.unsaid holds 'bad', which mapping says"),
+        (with_part(dataset="db"), "datasets names 'db' 2 times"),
+        (with_part(epochs=-1.0), "tasks.mood.datasets.a.epochs is -1.0; it must be at least"),
+        (with_part(passage_rows=2), "datasets.a.passage_rows is 2; only token_classification"),
+        (several(task={"labels": None}), "tasks.mood.labels is missing; a task with several data sets names its own"),
+        (several(task={"dataset": "dc"}), "tasks.mood.dataset stands beside datasets"),
+        (
+            several(task={"rewrites": {"shout": 0.1}}),
+            "tasks.mood.rewrites names 'shout'; allowed: lower, upper, title, bare",
+        ),
+        (several(task={"rewrites": {"lower": 0.7, "upper": 0.7}}), "rewrites adds up to 1.4"),
+        (several(freezing={"freeze": "nothing"}), "freezing.freeze is 'nothing'; model.num_task_layers is 2, which freezes"),
+        (several(losses={"preserve_weight": 1.0}), "losses.preserve_weight is 1.0; .*: the embedding cannot move"),
+        (several(model={"num_task_layers": -1}), "model.num_task_layers is -1; it must be at least 0"),
+    ],
+)
+def test_contradictions_of_data_sets_and_branch_are_named(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.build(fields, "test")
+
+
+def test_all_problems_are_reported_at_once():
+    fields = with_part(mapping={"n": "awful"}, unsaid=["worse"])
+    fields["tasks"]["mood"]["rewrites"] = {"shout": 0.1}
+    with pytest.raises(RecipeError, match=r"(?s)rewrites names 'shout'.*mapping.n is 'awful'.*unsaid holds 'worse'"):
+        Recipe.build(fields, "test")

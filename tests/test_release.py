@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, pipeline
 
+from configuration_multitask import WEIGHTS_INDEX
 from evaluation.metrics import (
     classification_metrics,
     entities_to_tags,
@@ -22,23 +23,102 @@ from evaluation.metrics import (
     similarity_metrics,
     token_spans,
 )
+from modeling_multitask import MultiTaskModel
+from release import golden
 from release.check import check
-from tests import golden
-from tests.conftest import ROOT, TASKS, TEXTS, tiny_model, write_release
+from release.export import export
+from tests.conftest import ROOT, TASKS, TEXTS, tiny_model, write_checkpoint, write_release
+from weights_multitask import WeightsError, sha256
 
 # The layout
 
 
 def test_each_weight_is_stored_once_under_the_name_its_readers_know(release):
-    model = tiny_model()
+    model = tiny_model(num_task_layers=1)
     encoder = load_file(release / "model.safetensors")
     assert set(encoder) == set(model.encoder.state_dict()), "unprefixed, as sentence-transformers would write it"
     assert set(load_file(release / "2_Dense/model.safetensors")) == {"linear.weight"}
     heads = load_file(release / "heads/model.safetensors")
-    assert {key.split(".")[1] for key in heads} == set(TASKS) and all(key.startswith("heads.") for key in heads)
+    assert {key.split(".")[1] for key in heads if key.startswith("heads.")} == set(TASKS)
+    assert {key for key in heads if not key.startswith("heads.")} == {
+        f"task_branch.{key}" for key in model.task_branch.state_dict()
+    }
     index = json.loads((release / "multitask.safetensors.index.json").read_text())
     assert len(index["weight_map"]) == len(encoder) + 1 + len(heads)
-    assert index["metadata"]["total_size"] == 4 * sum(x.numel() for x in model.state_dict().values())
+
+
+def test_the_encoders_files_are_copied_byte_for_byte_and_their_sums_are_kept(tmp_path):
+    checkpoint, encoder = write_checkpoint(tmp_path, num_task_layers=1)
+    weights = load_file(encoder / "model.safetensors")
+    weights["embeddings.position_ids"] = torch.arange(32)[None]  # as in older checkpoints: a buffer that nobody reads
+    save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
+    export(checkpoint, tmp_path / "release", encoder)
+    digests = json.loads((tmp_path / "release" / WEIGHTS_INDEX).read_text())["metadata"]["sha256"]
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (encoder / name).read_bytes() == (tmp_path / "release" / name).read_bytes()
+        assert digests[name] == sha256(encoder / name)
+    assert {x.dtype for x in load_file(tmp_path / "release/heads/model.safetensors").values()} == {torch.float16}
+    assert check(tmp_path / "release") == []
+
+
+def test_an_encoder_that_differs_by_a_bit_or_is_not_named_is_refused(tmp_path):
+    checkpoint, encoder = write_checkpoint(tmp_path, num_task_layers=1)
+    with pytest.raises(WeightsError, match="num_task_layers is 1.*--encoder"):
+        export(checkpoint, tmp_path / "release")
+    weights = load_file(encoder / "model.safetensors")
+    bits = weights["embeddings.LayerNorm.weight"].view(torch.int32)
+    bits[0] ^= 1
+    save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="1 weights of the encoder, embeddings.LayerNorm.weight first, are not those of"):
+        export(checkpoint, tmp_path / "release", encoder)
+    assert not (tmp_path / "release/config.json").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 70_000.0])
+def test_weights_that_are_not_finite_are_refused_on_export_load_and_check(value, release, tmp_path):
+    checkpoint, encoder = write_checkpoint(tmp_path, num_task_layers=1)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["heads.ner.classifier.bias"][0] = value
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="heads.ner.classifier.bias"):
+        export(checkpoint, tmp_path / "release", encoder)
+    if value == 70_000.0:
+        return  # too great for float16 alone
+    broken = Path(shutil.copytree(release, tmp_path / "broken"))
+    stored = load_file(broken / "heads/model.safetensors")
+    stored["heads.ner.classifier.bias"][0] = value
+    save_file(stored, broken / "heads/model.safetensors", metadata={"format": "pt"})
+    index = json.loads((broken / WEIGHTS_INDEX).read_text())
+    index["metadata"]["sha256"]["heads/model.safetensors"] = sha256(broken / "heads/model.safetensors")
+    (broken / WEIGHTS_INDEX).write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="heads.ner.classifier.bias: holds numbers that are not finite"):
+        MultiTaskModel.from_pretrained(broken)
+    assert any("heads.ner.classifier.bias: holds numbers that are not finite" in x for x in check(broken))
+
+
+def test_an_interrupted_export_leaves_nothing_that_loads(tmp_path, monkeypatch):
+    checkpoint, encoder = write_checkpoint(tmp_path, num_task_layers=1)
+    output = tmp_path / "release"
+    export(checkpoint, output, encoder)
+    moves = len([x for x in output.rglob("*") if x.is_file()])
+    replace = Path.replace
+    for stop in range(moves):
+        done = []
+
+        def move(self, target, done=done, stop=stop):
+            if len(done) == stop:
+                raise KeyboardInterrupt
+            done.append(target)
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", move)
+        with pytest.raises(KeyboardInterrupt):
+            export(checkpoint, output, encoder)
+        monkeypatch.setattr(Path, "replace", replace)
+        with pytest.raises((OSError, ValueError, WeightsError)):
+            MultiTaskModel.from_pretrained(output)
+    export(checkpoint, output, encoder)
+    assert check(output) == [] and not list(output.glob(".export-*"))
 
 
 def test_sentence_transformers_files_have_the_forms_that_old_readers_know(release):
@@ -61,8 +141,6 @@ def test_sentence_transformers_files_have_the_forms_that_old_readers_know(releas
 
 
 def test_half_precision_weights_load_as_float32(release, tmp_path):
-    from release.export import export
-
     model = tiny_model()
     model.save_pretrained(tmp_path / "checkpoint")
     AutoTokenizer.from_pretrained(release).save_pretrained(tmp_path / "checkpoint")
@@ -75,8 +153,6 @@ def test_half_precision_weights_load_as_float32(release, tmp_path):
 
 
 def test_export_sets_a_missing_length_and_clears_what_an_earlier_release_left(release, tmp_path):
-    from release.export import export
-
     model = tiny_model(tasks={}, embedding_dim=None)
     model.save_pretrained(tmp_path / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(release)
@@ -98,12 +174,30 @@ def test_a_good_release_has_no_problems(release):
     assert check(release) == []
 
 
+def save_other_heads(folder: Path) -> Path:
+    """Changes one weight of the heads, as another release would."""
+    path = folder / "heads/model.safetensors"
+    stored = load_file(path)
+    stored["heads.ner.classifier.bias"][0] += 1
+    save_file(stored, path, metadata={"format": "pt"})
+    return path
+
+
 def edit(path: Path, **fields) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, **fields}))
 
 
 DAMAGE = {
+    "a missing tokenizer": (lambda r: (r / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+    "another attention": (
+        lambda r: edit(r / "config.json", attn_implementation="eager"),
+        "config.json: attn_implementation",
+    ),
+    "a head of another release": (
+        lambda r: os.utime(save_other_heads(r)),
+        "heads/model.safetensors is not the file of this release",
+    ),
     "a code file missing": (lambda r: (r / "modeling_multitask.py").unlink(), "modeling_multitask.py: missing"),
     "a pickle": (lambda r: (r / "onnx").mkdir() or (r / "onnx/x.bin").touch(), "onnx/x.bin: may hold pickled code"),
     "a pickle by another name": (lambda r: (r / "notes.txt").write_bytes(pickle.dumps({})), "notes.txt: may hold pickled"),
@@ -146,7 +240,10 @@ DAMAGE = {
         lambda r: shutil.copy(r / "heads/model.safetensors", r / "heads.safetensors"),
         "heads.safetensors: servers load the weights of the root into the encoder",
     ),
-    "heads cut short": (lambda r: os.truncate(r / "heads/model.safetensors", 99), "heads/model.safetensors: cannot be read"),
+    "heads cut short": (
+        lambda r: os.truncate(r / "heads/model.safetensors", 99),
+        "heads/model.safetensors is missing or broken",
+    ),
 }
 
 
@@ -206,7 +303,7 @@ def test_this_repository_is_a_good_release():
 
 
 def test_golden_answers():
-    assert golden.differences(golden.answers(), json.loads(golden.GOLDEN.read_text("utf-8"))) == []
+    assert golden.differences(golden.answers(golden.load()), json.loads(golden.GOLDEN.read_text("utf-8"))) == []
 
 
 def test_the_vector_is_the_same_through_sentence_transformers(shipped):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from training.recipe import SamplingRecipe, TaskRecipe
-from training.sampler import BatchPlan, passes, probabilities, task_order
+from training.sampler import BatchPlan, Stream, passes, probabilities, task_order
 
 
 def tasks(**epochs: float) -> dict[str, TaskRecipe]:
@@ -19,12 +19,13 @@ def tasks(**epochs: float) -> dict[str, TaskRecipe]:
 
 
 def examples(count: int) -> list[dict]:
-    return [{"input_ids": [1] * (i % 7 + 1), "labels": i, "text": "x"} for i in range(count)]
+    return [{"input_ids": [1] * (i % 7 + 1), "labels": {"mood": i}, "text": "x"} for i in range(count)]
 
 
 def plan(sizes: dict[str, int], seed: int = 1, epochs: dict | None = None, **sampling) -> BatchPlan:
-    data = {name: examples(size) for name, size in sizes.items()}
-    return BatchPlan(tasks(**(epochs or dict.fromkeys(sizes, 1))), data, SamplingRecipe(**sampling), 0, seed)
+    recipes = tasks(**(epochs or dict.fromkeys(sizes, 1)))
+    streams = {name: Stream({"mood": recipes[name]}, examples(size)) for name, size in sizes.items()}
+    return BatchPlan(streams, SamplingRecipe(**sampling), 0, seed)
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 99))
@@ -50,9 +51,11 @@ def test_epochs_are_exact_and_batches_hold_one_task():
     rows = {name: [row for task, batch in found.batches if task == name for row in batch] for name in "ab"}
     assert sorted(rows["a"]) == sorted([*range(23), *range(23)])
     assert sorted(rows["b"][:8]) == list(range(8)) and len(rows["b"]) == 12
-    assert {found[i]["task"] for i in range(len(found))} == {"a", "b"}
+    assert {found[i]["stream"] for i in range(len(found))} == {"a", "b"}
     first = found[0]
-    assert first["input_ids"].shape == first["attention_mask"].shape and len(first["labels"]) == len(first["input_ids"])
+    assert first["input_ids"].shape == first["attention_mask"].shape and len(first["labels"]["mood"]) == len(
+        first["input_ids"]
+    )
 
 
 def test_the_same_seed_plans_the_same_run_and_another_seed_another():
@@ -109,3 +112,19 @@ def test_processes_share_the_plan_and_see_every_batch_once(mode):
     shares = [[i for (i,) in BatchSamplerShard(batches, num_processes=2, process_index=rank)] for rank in (0, 1)]
     assert len(shares[0]) == len(shares[1]) and sorted(shares[0] + shares[1]) == list(range(len(found)))
     assert [sorted(step) for step in zip(*shares, strict=True)] == [[i, i + 1] for i in range(0, len(found), 2)]
+
+
+def test_a_stream_trains_several_heads_and_rewrites_as_many_texts_as_it_says():
+    shares = {"lower": 0.25, "upper": 0.25}
+    task = TaskRecipe(kind="sequence_classification", dataset="d", text_columns=["x"], label_column="y", rewrites=shares)
+    stream = Stream({}, [{"input_ids": [1], "labels": {}, "text": "Ab"} for _ in range(400)])
+    stream.add("mood", task, list(range(400)))
+    stream.add("tone", task, [0.5] * 400)
+    stream.rewrite = lambda example, form: {**example, "input_ids": [2 if form == "lower" else 3]}
+    batches = BatchPlan({"d": stream}, SamplingRecipe(), 0, 1)
+    found = [batches[i] for i in range(len(batches))]
+    ids = [int(x) for batch in found for x in batch["input_ids"][:, 0]]
+    assert len(ids) == 400 and 60 < ids.count(2) < 140 and 60 < ids.count(3) < 140
+    assert [x.tolist() for x in found[0]["input_ids"]] == [x.tolist() for x in batches[0]["input_ids"]], "the same again"
+    assert sorted(int(x) for batch in found for x in batch["labels"]["mood"]) == list(range(400))
+    assert all(set(batch["labels"]) == {"mood", "tone"} and batch["stream"] == "d" for batch in found)

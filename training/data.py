@@ -119,15 +119,20 @@ def task_labels(task: TaskRecipe, data: Dataset) -> list[str]:
     return class_names(data, str(task.label_column))
 
 
-def source_labels(task: TaskRecipe, data: Dataset) -> list[str]:
-    """Returns the data set's own label names in the order of its numbers: those of the recipe, or those that it declares."""
+def source_labels(task: TaskRecipe, data: Dataset, labels: list[str]) -> list[str]:
+    """Returns the data set's own label names in the order of its numbers: those of the recipe, those that it declares, or
+    else the task's.
+
+    Raises:
+        DataError: There is a mapping, and nothing says what the data set's names are.
+    """
     if task.source_labels is not None:
         return list(task.source_labels)
-    if task.labels is not None and not task.mapping:
-        feature = data.features[str(task.label_column)]
-        names = getattr(getattr(feature, "feature", feature), "names", None)
-        return list(names) if names and set(names) <= set(task.labels) else list(task.labels)
-    return task_labels(task, data) if task.labels is None else class_names(data, str(task.label_column))
+    feature = data.features[str(task.label_column)]
+    declared = getattr(getattr(feature, "feature", feature), "names", None)
+    if task.mapping:
+        return class_names(data, str(task.label_column)) if not declared else list(declared)
+    return list(declared) if declared and set(declared) <= set(labels) else labels
 
 
 def label_map(task: TaskRecipe, source: list[str], labels: list[str], where: str) -> list[int]:
@@ -260,7 +265,7 @@ def _label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str
         return _score
     if problem == "regression":
         return lambda value, place: _numbers(value, labels, place)
-    source = source_labels(task, data)
+    source = source_labels(task, data, labels)
     mapped = label_map(task, source, labels, where)
 
     def to_id(value: Any, place: str) -> int:
@@ -328,11 +333,11 @@ def rewritten(example: Example, form: str, labels: list[str], tokenizer: PreTrai
         tokenizer: The tokenizer.
     """
     if "tagged" in example:
-        return _tagged_examples([_rewrite_tokens(*example["tagged"], form)], labels, tokenizer)[0]
+        return _tagged_examples([rewrite_tokens(*example["tagged"], form)], labels, tokenizer)[0]
     return {**_encoded([rewrite(example["text"], form)], tokenizer)[0][0], "labels": example["labels"]}
 
 
-def _rewrite_tokens(tokens: list[str], tags: list[str | None], form: str | None) -> tuple[list[str], list[str | None]]:
+def rewrite_tokens(tokens: list[str], tags: list[str | None], form: str | None) -> tuple[list[str], list[str | None]]:
     """Returns tokens and tags of a row as somebody else would write it, see `REWRITES`."""
     if form == "bare":
         is_end = len(tokens) > 1 and tokens[-1] in (".", "!", "?", "…")
@@ -346,7 +351,7 @@ def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) 
     Raises:
         DataError: A row holds no tokens and tags of equal number, or an unknown tag; the message names it.
     """
-    column, source = str(task.label_column), source_labels(task, data)
+    column, source = str(task.label_column), source_labels(task, data, labels)
     mapped = label_map(task, source, labels, where)
     rows = []
     for row, (tokens, tags) in enumerate(zip(data[task.text_columns[0]], data[column], strict=True)):

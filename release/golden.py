@@ -1,4 +1,4 @@
-"""What a model says of ten sentences: `python -m tests.golden`, after a release of new weights, writes golden.json.
+"""What a model says of ten sentences: `python -m release.golden`, after a release of new weights, writes golden.json.
 
 `python golden.py REPO GOLDEN.json REVISION` prints in what a model on the Hub differs from such a file, and fails if it does.
 """
@@ -27,9 +27,13 @@ SENTENCES = [
 EMBEDDING_TOLERANCE, SCORE_TOLERANCE = 2e-4, 2e-3
 
 
-def answers(repo: str = str(ROOT), revision: str | None = None) -> list[dict[str, Any]]:
-    """Returns one record per sentence, its embedding cut to the first eight numbers, all rounded."""
-    pipe = pipeline("multitask", model=repo, revision=revision, trust_remote_code=True, device="cpu")
+def load(repo: str = str(ROOT), revision: str | None = None) -> Any:
+    """Returns the multitask pipeline of a folder or of a repository on the Hub."""
+    return pipeline("multitask", model=repo, revision=revision, trust_remote_code=True, device="cpu")
+
+
+def answers(pipe: Any) -> list[dict[str, Any]]:
+    """Returns one record per sentence, its embedding cut to the first eight dimensions, all rounded."""
     found = []
     for text, record in zip(SENTENCES, pipe(SENTENCES), strict=True):
         found.append(
@@ -86,10 +90,10 @@ def _rounded(scores: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     if len(sys.argv) == 1:
-        GOLDEN.write_text(json.dumps(answers(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+        GOLDEN.write_text(json.dumps(answers(load()), indent=1, ensure_ascii=False) + "\n", "utf-8")
         return
     repo, golden, revision = sys.argv[1:]
-    lines = differences(answers(repo, revision), json.loads(Path(golden).read_text("utf-8")))
+    lines = differences(answers(load(repo, revision)), json.loads(Path(golden).read_text("utf-8")))
     print("\n".join(lines))
     sys.exit(bool(lines))
 
