@@ -245,7 +245,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     check_data(args.data)
-    started = time.monotonic()
     encode = EncoderVectors(args.encoder, args.cache)
     vectors = torch.from_numpy(encode(fitting_texts(args.data, args.seed)))
     encoded = time.monotonic()
@@ -264,7 +263,7 @@ def main() -> None:
             name: validation_figures(encode, args.data, args.seed, prefix_views(x.numpy(), SETTINGS.dims))
             for name, x in candidates.items()
         },
-        "seconds": {"encoding": round(encoded - started), "fitting": round(fitted - encoded)},
+        "seconds": {"fitting": round(fitted - encoded)},
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     write(args.results, content)
