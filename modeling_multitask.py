@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel  # names that transformers 4 knows too: handler.py
 from transformers import __version__ as transformers_version
@@ -194,7 +193,7 @@ class TaskBranch(nn.Module):
     def __init__(self, layers: Iterable[nn.Module], hidden_size: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
-        self.casing = nn.Embedding(len(CASINGS), hidden_size)  # zero at the start, so that the copy is exact
+        self.casing = nn.Embedding(len(CASINGS), hidden_size)  # training starts it at zero, see `reset_branch`
 
     def forward(self, hidden: Tensor, casing_ids: Tensor) -> Tensor:
         """Returns what enters the first of the layers, float [B, T, H], for the trunk's output."""
@@ -288,11 +287,6 @@ class MultiTaskModel(PreTrainedModel):
 
     def _head(self, name: str) -> TaskHead:
         return cast(TaskHead, self.heads[name])
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TaskBranch):
-            nn.init.zeros_(module.casing.weight)
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -498,8 +492,12 @@ class MultiTaskModel(PreTrainedModel):
                 ignore_mismatched_sizes=True,  # they are reported below, with the field that disagrees
                 **kwargs,
             )
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"{folder}: the weights could not be read: {error}") from error
+        except (ImportError, ValueError):
+            raise
+        except Exception as error:  # of as many types as there are encoders and files
+            raise WeightsError(
+                f"{folder}: config.json describes no model that loads from these weights: {error!r}"
+            ) from error
         refuse(folder, loading_problems(info, weight_map, config) or not_finite(model.named_parameters()))
         model.hub_options = hub
         return (model, info) if with_info else model  # type: ignore[return-value]  # a pair on request, as everywhere

@@ -43,12 +43,12 @@ def can_render(folder: Path) -> bool:
 def metadata(
     card: str, name: str, results: dict[str, Any], described: dict[str, Any], training: dict[str, Any] | None = None
 ) -> str:
-    """Returns a card's YAML metadata with the data sets and the results made anew.
+    """Returns a card's YAML metadata with the data sets and the results rendered again.
 
     Args:
         card: The card with its present metadata, or without any.
         name: The model's name, if the card does not say it yet.
-        results: The content of results/release.json.
+        results: The content of the result files that `described` names, by their names.
         described: That of results/tasks.json.
         training: That of results/training.json, if there is one.
     """
@@ -56,21 +56,22 @@ def metadata(
     fields = yaml.safe_load(found[1]) if found else {}
     for index in fields.pop("model-index", []):
         name = index["name"]
-    evaluations = [
-        EvalResult(
-            task_type=task["task_type"],
-            task_name=task["title"],
-            dataset_type=task["dataset"],
-            dataset_name=task["dataset_name"],
-            dataset_config=task.get("config"),
-            dataset_split=results["tasks"][key]["split"],
-            metric_type=metric["type"],
-            metric_name=metric["name"],
-            metric_value=round(results["tasks"][key]["metrics"][metric["key"]], 4),
-        )
-        for key, task in described.items()
-        for metric in task["metrics"]
-    ]
+    evaluations = []
+    for key, task in described.items():
+        found = results[task.get("results", "release")]["tasks"][key]
+        for metric in task["metrics"]:
+            evaluation = EvalResult(
+                task_type=task["task_type"],
+                task_name=task["title"],
+                dataset_type=task["dataset"],
+                dataset_name=task["dataset_name"],
+                dataset_config=task.get("config"),
+                dataset_split=found["split"],
+                metric_type=metric["type"],
+                metric_name=metric["name"],
+                metric_value=round(found["metrics"][metric["key"]], 4),
+            )
+            evaluations.append(evaluation)
     # A data set without an owner is a local one: the Hub could not link to it.
     fields["datasets"] = sorted({task["dataset"] for task in described.values() if "/" in task["dataset"]})
     if training:
@@ -79,18 +80,52 @@ def metadata(
 
 
 def table(results: dict[str, Any], described: dict[str, Any]) -> str:
-    """Returns the Markdown table of test results beside published ones; a row of another split says so."""
-    lines = ["| task | test set | metric | this model | published, for comparison |", "|---|---|---|---|---|"]
-    for name, task in described.items():
-        found = results["tasks"][name]
+    """Returns the Markdown table of test results, of lower-cased texts where measured, and of published figures.
+
+    Args:
+        results: Result files by name; "<name>_lower" holds the same measured in lower case.
+        described: The content of results/tasks.json.
+    """
+    lines = [
+        "| task | test set | metric | this model | lower-cased | published, for comparison |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, task in described.items():
+        name = task.get("results", "release")
+        found, lower = results[name]["tasks"][key], results.get(f"{name}_lower", {}).get("tasks", {}).get(key)
         split = "" if found["split"] == "test" else f", {found['split']} split"
         for metric in task["metrics"]:
-            others = [f"{x['model']} {x['value']:.3f}" for x in metric.get("published", [])]
-            if measured := metric.get("measured"):
-                others.insert(0, f"{measured['model']} {found['metrics'][measured['key']]:.3f}")
+            others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in metric.get("published", []))
             value = f"**{found['metrics'][metric['key']]:.3f}**"
+            rewritten = f"{lower['metrics'][metric['key']]:.3f}" if lower else ""
             rows = f"{task['dataset_name']} ({found['rows']:,}{split})"
-            lines.append(f"| {task['title']} | {rows} | {metric['name']} | {value} | {'; '.join(others)} |")
+            lines.append(f"| {task['title']} | {rows} | {metric['name']} | {value} | {rewritten} | {others} |")
+    return "\n".join(lines) + "\n"
+
+
+PROJECTION_ROWS = {
+    ("wnut17", "overlap@10"): "nearest-neighbour overlap@10, WNUT-17",
+    ("stsb", "spearman"): "STS-B, Spearman",
+    ("sts_unseen", "spearman"): "STS12–16, pairs unseen in STS-B, Spearman",
+    ("sick_r", "spearman"): "SICK-R, Spearman",
+    ("scifact", "ndcg@10"): "SciFact, nDCG@10",
+    ("squad_sentences", "ndcg@10"): "SQuAD sentences, nDCG@10",
+    ("squad_sentences", "recall@100"): "SQuAD sentences, recall@100",
+}
+
+
+def projection_table(found: dict[str, Any]) -> str:
+    """Returns the Markdown table of what the embedding keeps at each dimension.
+
+    Args:
+        found: The content of results/projection.json.
+    """
+    dims = ["384", "256", "128", "64"]
+    lines = [f"| test set | {' | '.join(dims)} |", "|---|" + "---|" * len(dims)]
+    for (name, metric), title in PROJECTION_ROWS.items():
+        if name in found["test"]:
+            values = " | ".join(f"{found['test'][name][dim][metric]:.3f}" for dim in dims)
+            lines.append(f"| {title} | {values} |")
     return "\n".join(lines) + "\n"
 
 
@@ -127,22 +162,6 @@ def negative_transfer(together: dict[str, Any], alone: dict[str, dict[str, Any]]
     return "\n".join(lines) + "\n"
 
 
-def drift_table(found: dict[str, Any]) -> str:
-    """Returns the Markdown table of how near the embedding still is to the starting encoder's.
-
-    Args:
-        found: The "drift" of results/release.json.
-    """
-    measures = {
-        "cosine_raw": "mean cosine of a text's old and new vector (the encoder's own)",
-        "neighbours_at_10": "of a text's ten nearest neighbours, still among the ten nearest",
-        "neighbours_at_10_raw": "the same for the encoder's own vector, before the projection",
-    }
-    lines = [f"| {found['rows']:,} texts, {found['split']} split | kept |", "|---|---|"]
-    lines += [f"| {title} | {_with_interval(found, key)} |" for key, title in measures.items()]
-    return "\n".join(lines) + "\n"
-
-
 def speed_table(found: dict[str, Any]) -> str:
     """Returns the Markdown table of how long one way of working takes beside another.
 
@@ -150,7 +169,7 @@ def speed_table(found: dict[str, Any]) -> str:
         found: The content of results/benchmarks.json.
     """
     lines = [
-        f"| {found['texts']:,} texts, {found['tokens']:,} tokens | ratio | middle half of the rounds |",
+        f"| {found['texts']:,} texts, {found['tokens']:,} tokens | ratio | interquartile range |",
         "|---|---|---|",
     ]
     for row in found["ratios"]:
@@ -219,23 +238,21 @@ def fill(text: str, marker: str, content: str) -> str:
 
 
 def render_card(card: str, folder: Path = ROOT) -> str:
-    """Returns a folder's README.md with its metadata and tables made anew."""
-    results, described = read("release", folder), read("tasks", folder)
+    """Returns a folder's README.md with its metadata and tables rendered again."""
+    described = read("tasks", folder)
+    names = {task.get("results", "release") for task in described.values()}
+    lower = {f"{name}_lower" for name in names if (folder / f"results/{name}_lower.json").exists()}
+    results = {name: read(name, folder) for name in sorted(names | lower)}
     text = fill(_METADATA.sub("", card), "results", table(results, described))
     if alone := single_runs(folder, described):
-        # A release that is the mean of several runs had more training than a single-task run: one of them is compared.
-        together = read("together", folder) if (folder / "results/together.json").exists() else results
-        text = fill(text, "negative-transfer", negative_transfer(together, alone, described))
-    if "drift" in results:
-        text = fill(text, "drift", drift_table(results["drift"]))
-    for name, render in (("benchmarks", speed_table), ("onnx", backend_table)):
+        text = fill(text, "negative-transfer", negative_transfer(read("release", folder), alone, described))
+    tables = {"benchmarks": speed_table, "onnx": backend_table, "projection": projection_table, "training": training_text}
+    for name, render in tables.items():
         if (folder / f"results/{name}.json").exists():
             text = fill(text, name, render(read(name, folder)))
     if "<!-- data -->" in text:
         text = fill(text, "data", data_table(read_sources()))
     training = read("training", folder) if (folder / "results/training.json").exists() else None
-    if training:
-        text = fill(text, "training", training_text(training))
     return metadata(card, folder.resolve().name, results, described, training) + text
 
 

@@ -45,8 +45,8 @@ def render(folder: Path) -> str:
 
 def test_rows_say_their_split_unless_it_is_the_test_split(folder):
     text = render(folder)
-    assert "| names | N (1,234) | f1, best | **0.812** |  |\n" in text
-    assert "| mood | M (1,234, validation split) | macro_f1, best | **0.500** |  |\n" in text
+    assert "| names | N (1,234) | f1, best | **0.812** |  |  |\n" in text
+    assert "| mood | M (1,234, validation split) | macro_f1, best | **0.500** |  |  |\n" in text
 
 
 def test_metadata_keeps_what_results_do_not_say(folder):
@@ -120,10 +120,20 @@ def test_a_folder_without_documents_gets_none(tmp_path, monkeypatch, capsys):
     assert "README.md does not exist" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-def test_of_a_mean_of_runs_one_run_is_compared_with_the_single_task_runs(folder):
-    write(folder, "single_ner", {"tasks": {"ner": measured("ner", 0.75)}})
-    assert "| names | f1, best | 0.750 | 0.812 (0.800 to 0.825) | +6.2 points |" in render(folder)
-    write(folder, "together", {"tasks": {"ner": measured("ner", 0.74)}})
+def test_out_of_domain_and_lower_cased_results_come_from_files_of_their_own(folder):
+    write(folder, "tasks", {**DESCRIBED, "ner": {**DESCRIBED["ner"], "results": "outside"}})
+    write(folder, "outside", {"tasks": {"ner": measured("ner", 0.7)}})
+    write(folder, "outside_lower", {"tasks": {"ner": measured("ner", 0.6)}})
     text = render(folder)
-    assert "| names | f1, best | 0.750 | 0.740 | −1.0 points |" in text
-    assert "| names | N (1,234) | f1, best | **0.812** |  |\n" in text
+    assert "| names | N (1,234) | f1, best | **0.700** | 0.600 |  |\n" in text
+    values = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
+    assert values[0]["metrics"][0]["value"] == 0.7
+
+
+def test_what_the_embedding_keeps_at_each_dimension(folder):
+    write(
+        folder, "projection", {"test": {"stsb": {dim: {"spearman": int(dim) / 1000} for dim in ("384", "256", "128", "64")}}}
+    )
+    with (folder / "README.md").open("a") as file:
+        file.write("<!-- projection -->\n<!-- /projection -->\n")
+    assert "| STS-B, Spearman | 0.384 | 0.256 | 0.128 | 0.064 |\n" in render(folder)

@@ -141,7 +141,7 @@ def test_a_bad_item_spoils_no_other(endpoint: EndpointHandler) -> None:
         ({"inputs": "so sad", "parameters": {"truncate": True}}, "unknown field 'truncate'; known: tasks, embedding"),
         ({"inputs": "so sad", "parameters": {"tasks": ["ner", "nerr"]}}, r"tasks is \['ner', 'nerr'\]; allowed: .*'topics'"),
         ({"inputs": "so sad", "parameters": {"tasks": {"ner": 1}}}, "parameters.tasks is {'ner': 1}"),
-        ({"inputs": "so sad", "parameters": {"embedding": "no"}}, "parameters.embedding is 'no'; allowed: true or false"),
+        ({"inputs": "so sad", "parameters": {"embedding": "no"}}, "parameters.embedding is 'no'; allowed: true, false or"),
         ({"inputs": [""] * (handler.MAX_TEXTS + 1)}, "holds 1,001 texts; allowed: 1,000 in one request"),
         ({"inputs": "a" * (handler.MAX_CHARACTERS + 1)}, "holds 100,001 characters; allowed: 100,000"),
     ],
@@ -198,7 +198,10 @@ def _cut(weights: dict[str, torch.Tensor]) -> None:
     weights["heads.ner.classifier.bias"] = torch.zeros(2)
 
 
-@pytest.mark.parametrize(("change", "message"), [(_drop, "Missing"), (_add, "Unexpected"), (_cut, "size mismatch")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_drop, "missing in"), (_add, "the index does not name it"), (_cut, "is not the file of this release")],
+)
 def test_weights_that_are_not_the_models_are_refused(
     release: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
 ) -> None:
@@ -206,7 +209,7 @@ def test_weights_that_are_not_the_models_are_refused(
     weights = load_file(folder / "heads/model.safetensors")
     change(weights)
     save_file(weights, folder / "heads/model.safetensors")
-    with pytest.raises(WeightsError, match=rf"not a whole model: [\s\S]*{message}[\s\S]*classifier.bias"):
+    with pytest.raises(WeightsError, match=rf"not a whole model:[\s\S]*{message}"):
         EndpointHandler(folder)
 
 
@@ -215,7 +218,7 @@ def test_a_file_cut_short_is_named(release: Path, tmp_path: Path, length: int) -
     folder = shutil.copytree(release, tmp_path / "release")
     path = folder / "heads/model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(WeightsError, match=r"heads/model.safetensors is missing or broken .* Fetch it again"):
+    with pytest.raises(WeightsError, match=r"heads/model.safetensors is missing or broken .* fetch it again"):
         EndpointHandler(folder)
 
 

@@ -1,18 +1,30 @@
 """Texts to records: words and offsets, BIO decoding, windows, batching, and input that is no good."""
 
 import itertools
+import shutil
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, pipeline
 
-from configuration_multitask import CASINGS
+from configuration_multitask import CASINGS, TaskSpec
 from modeling_multitask import MultiTaskForTokenClassification
-from pipeline_multitask import BioScheme, MultiTaskPipeline, text_problem, word_casing, word_starts
+from pipeline_multitask import (
+    EKMAN,
+    BioScheme,
+    MultiTaskPipeline,
+    group_scores,
+    text_answer,
+    text_problem,
+    word_casing,
+    word_starts,
+)
 from tests.conftest import TASKS, TEXTS, WINDOW, tiny_model, tiny_tokenizer
 
 LABELS = TASKS["ner"]["labels"]  # O B-PER I-PER B-LOC I-LOC
@@ -120,8 +132,8 @@ def test_a_word_is_judged_by_how_it_is_written(release):
     )
     seen = {}
     for text in ("tim cook", "Tim Cook"):
-        (window,) = pipe.preprocess([text], tasks=["ner"])
-        pipe._forward([window], tasks=["ner"])
+        (window,) = pipe.annotator.windows([text], ["ner"])
+        pipe.annotator.run([window], ["ner"], "sentence_embedding")
         seen[text] = window
     first, second = seen.values()
     assert first.input_ids == second.input_ids and (first.embedding == second.embedding).all()
@@ -146,9 +158,9 @@ def test_decoding_by_example():
 def test_a_record_holds_what_the_model_says(pipe):
     text = TEXTS[0]
     record = pipe(text)
-    inputs = pipe.tokenizer(text, return_tensors="pt")
+    (window,) = pipe.annotator.windows([text], ["ner"])
     with torch.no_grad():
-        out = pipe.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        out = pipe.model(torch.tensor([window.input_ids]), casing_ids=torch.tensor([window.casings]))
     np.testing.assert_allclose(record["sentence_embedding"], out.sentence_embedding[0].numpy(), atol=1e-6)
     assert record["sentence_embedding"].dtype == np.float32 and record["sentence_embedding"].shape == (8,)
     scores = out.logits["sentiment"][0].softmax(-1)
@@ -231,7 +243,7 @@ def test_lists_give_lists_and_streams_give_streams(pipe):
 def test_half_precision_gives_unit_vectors(pipe):
     from pipeline_multitask import MultiTaskPipeline
 
-    half = MultiTaskPipeline(model=tiny_model().half(), tokenizer=tiny_tokenizer(), device="cpu")
+    half = MultiTaskPipeline(model=tiny_model(num_task_layers=1).half(), tokenizer=tiny_tokenizer(), device="cpu")
     for text in TEXTS:
         vector = half(text)["sentence_embedding"]
         assert vector.dtype == np.float32 and np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
@@ -243,20 +255,20 @@ def test_half_precision_gives_unit_vectors(pipe):
 
 def test_a_text_that_fits_is_read_in_one_window_and_a_longer_one_in_several(pipe):
     fits = "a " * (WINDOW - 2)
-    assert len(pipe.preprocess([fits], tasks=["ner"])) == 1
-    windows = pipe.preprocess([fits + "a"], tasks=["ner"])
+    assert len(pipe.annotator.windows([fits], ["ner"])) == 1
+    windows = pipe.annotator.windows([fits + "a"], ["ner"])
     assert len(windows) == 2 and all(len(window.input_ids) <= WINDOW for window in windows)
 
 
 def test_a_long_text_is_the_average_of_its_windows_weighted_by_tokens(pipe):
     text = "Tim loves Paris and the store " * 12
-    windows = pipe.preprocess([text], tasks=["sentiment"])
+    windows = pipe.annotator.windows([text], ["sentiment"])
     assert len(windows) > 2
     weights = np.array([len(window.input_ids) for window in windows], dtype=float)
     parts = []
     for window in windows:
         with torch.no_grad():
-            parts.append(pipe.model(torch.tensor([window.input_ids])))
+            parts.append(pipe.model(torch.tensor([window.input_ids]), casing_ids=torch.tensor([window.casings])))
     embedding = sum(w * p.sentence_embedding[0].numpy() for w, p in zip(weights, parts, strict=True))
     record = pipe(text)
     np.testing.assert_allclose(record["sentence_embedding"], embedding / np.linalg.norm(embedding), atol=1e-5)
@@ -269,9 +281,9 @@ def test_each_word_of_a_long_text_is_judged_once_in_its_best_window(pipe):
     text = " ".join(f"w{i}" for i in range(100))
     found = pipe(text, tasks=["pos"])["entities"]["pos"]
     assert [item["word"] for item in found] == text.split()
-    windows = pipe.preprocess([text], tasks=["pos"])
+    windows = pipe.annotator.windows([text], ["pos"])
     for batch in [windows]:
-        pipe._forward(batch, tasks=["pos"])
+        pipe.annotator.run(batch, ["pos"])
     for item in found:
         seen = [
             (context, logits)
@@ -282,6 +294,88 @@ def test_each_word_of_a_long_text_is_judged_once_in_its_best_window(pipe):
         best = max(seen, key=lambda pair: pair[0])[1]
         assert item["entity_group"] == TASKS["pos"]["labels"][best.argmax()]
     assert any(context not in (float("inf"),) for window in windows for context in window.context)
+
+
+def test_a_long_text_without_words_has_no_entities_and_leaves_its_neighbours_alone(pipe):
+    texts = ["Tim saw Paris.", "\u0903 " * 600, "so sad", "\u0903 " * 600, "a " * 100]
+    records = pipe(texts)
+    assert records[1]["entities"] == records[3]["entities"] == {"ner": [], "pos": []}
+    for text, record in zip(texts, records, strict=True):
+        assert_records_equal(record, pipe(text), text)
+
+
+# What is asked for
+
+
+SHORT = ["so sad", "", "Paris", "I love it"]  # each in a single window
+
+
+def test_the_encoders_own_vector_on_request(pipe, release):
+    encoder = SentenceTransformer(str(release), device="cpu")
+    del encoder[2]  # the projection
+    vectors = encoder.encode(SHORT)
+    records = pipe(SHORT, embedding="encoder")
+    assert all("sentence_embedding" not in record for record in records)
+    for record, vector in zip(records, vectors, strict=True):
+        np.testing.assert_allclose(record["encoder_embedding"], vector, atol=1e-6)
+
+
+def test_an_index_moves_over_by_one_matrix_product(pipe):
+    old = np.stack([record["encoder_embedding"] for record in pipe(SHORT, embedding="encoder")])
+    new = np.stack([record["sentence_embedding"] for record in pipe(SHORT)])
+    moved = old @ pipe.model.linear.weight.detach().numpy().T
+    np.testing.assert_allclose(moved / np.linalg.norm(moved, axis=1, keepdims=True), new, atol=1e-6)
+
+
+def test_answers_below_the_least_score_are_none_and_entities_are_left_out(pipe):
+    for record in pipe(TEXTS):
+        score = record["labels"]["sentiment"]["score"]
+        strict = pipe(TEXTS[0], min_score=1.0)
+    assert strict["labels"]["sentiment"]["label"] is None and strict["labels"]["topics"]["labels"] is None
+    assert strict["entities"] == {"ner": [], "pos": []} and strict["labels"]["rating"] == pipe(TEXTS[0])["labels"]["rating"]
+    assert len(strict["labels"]["sentiment"]["scores"]) == 3 and 0 < score < 1
+    words = pipe(TEXTS[0])["entities"]["pos"]
+    middle = sorted(word["score"] for word in words)[len(words) // 2]
+    assert pipe(TEXTS[0], min_score=middle)["entities"]["pos"] == [word for word in words if word["score"] >= middle]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, "0.5", True, float("nan")])
+def test_a_least_score_outside_of_zero_to_one_is_refused(pipe, value):
+    with pytest.raises(ValueError, match=r"min_score is .*; allowed: a number in \[0, 1\]"):
+        pipe("so sad", min_score=value)
+
+
+def test_a_fallback_answers_when_nothing_passes():
+    fields = {"kind": "sequence_classification", "labels": ["joy", "neutral"], "problem_type": "multi_label_classification"}
+    spec = TaskSpec(**fields, fallback="neutral", thresholds=[0.9, 0.9])
+    assert text_answer(spec, np.array([0.0, -1.0]))["labels"] == ["neutral"]
+    assert text_answer(spec, np.array([5.0, -1.0]))["labels"] == ["joy"]
+    assert text_answer(spec, np.array([0.0, -1.0]), min_score=0.5)["labels"] is None
+    assert text_answer(TaskSpec(**fields), np.array([-1.0, -1.0]))["labels"] == []
+
+
+def test_emotions_are_grouped_by_their_greatest_score():
+    labels = [label for group in EKMAN.values() for label in group]
+    assert len(labels) == len(set(labels)) == 28
+    found = group_scores({label: i / 100 for i, label in enumerate(labels)})
+    assert list(found) == ["anger", "disgust", "fear", "joy", "sadness", "surprise", "neutral"]
+    assert found["anger"] == 0.02 and found["neutral"] == 0.27
+    with pytest.raises(ValueError, match=r"groups name \['joy'\]; the scores are of anger"):
+        group_scores({"anger": 0.5}, {"happy": ["joy"]})
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(release):
+    model, tokenizer = tiny_model(num_task_layers=1), tiny_tokenizer()
+    tokenizer.add_tokens([f"new{i}" for i in range(200)])
+    with pytest.raises(ValueError, match=r"The tokenizer has \d+ tokens and the encoder's vocab_size is 320"):
+        MultiTaskPipeline(model=model, tokenizer=tokenizer)
+
+
+def test_a_release_without_its_tokenizer_is_refused(release, tmp_path):
+    broken = Path(shutil.copytree(release, tmp_path / "broken"))
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises((ValueError, OSError)):
+        pipeline("multitask", model=str(broken), trust_remote_code=True, device="cpu")
 
 
 # Input that is no good
@@ -334,7 +428,7 @@ def test_a_text_of_a_million_characters(pipe):
         ({"batch_tokens": 0}, "batch_tokens is 0; allowed: a positive integer"),
         (
             {"batch_size": 8},
-            r"unknown options \['batch_size'\]; the multitask pipeline takes tasks, embedding and batch_tokens",
+            r"unknown options \['batch_size'\]; the multitask pipeline takes tasks, embedding, min_score and batch_tokens",
         ),
     ],
 )
