@@ -36,11 +36,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "hidden_dim": 16,
         "thresholds": [0.5, 0.4],
     },
-    "rating": {"kind": "sequence_classification", "labels": ["stars"], "problem_type": "regression", "layer_mix": True},
+    "rating": {"kind": "sequence_classification", "labels": ["stars"], "problem_type": "regression"},
     "ner": {
         "kind": "token_classification",
         "labels": ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"],
-        "layer_mix": True,
         "temperature": 0.5,
     },
     "pos": {"kind": "token_classification", "labels": ["NOUN", "VERB", "OTHER"]},
