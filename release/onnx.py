@@ -267,7 +267,7 @@ def validation_texts(recipe: "Recipe") -> list[str]:
 
 
 def measure_backends(repo: Path, recipe: "Recipe", limit: int | None = None) -> dict[str, Any]:
-    """Returns each task's (or each "<task>/<data set>"'s) main metric on its validation split, or on its first `limit` rows, with each backend.
+    """Returns, with each backend, the main metric of each of the recipe's parts on the first `limit` rows of its validation split.
 
     `points` are how many hundredths a backend's metric is from PyTorch's.
     """
