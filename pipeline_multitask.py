@@ -7,6 +7,7 @@ the command line and whatever else serves the model. Axes: W words, C labels, E 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from transformers.utils import cached_file
 try:
     if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
         from .configuration_multitask import CASINGS, is_number
+        from .weights_multitask import sha256
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
     from configuration_multitask import CASINGS, is_number
+    from weights_multitask import sha256
 
 Span = tuple[int, int]
 Record = dict[str, Any]
@@ -35,6 +38,9 @@ MOST_MARKS = 30
 # Where `python -m release.onnx` writes the model, by the name of the backend that runs it.
 ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_quantized.onnx"}
 BACKENDS = ("torch", *ONNX_FILES)
+# An ONNX session computes its whole graph. Of a model with a task branch, two more files hold the graph of the embeddings
+# alone and that of the logits alone; their weights are those in the file of the whole graph, which lies beside them.
+ONNX_PARTS = ("embedding", "tasks")
 # Which of the model's outputs a record holds, by the option `embedding`.
 VECTORS: dict[bool | str, str | None] = {True: "sentence_embedding", False: None, "encoder": "encoder_embedding"}
 # Ekman's six basic emotions and neutral, as the authors of GoEmotions group their 28 labels (Demszky et al. 2020).
@@ -225,8 +231,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+def onnx_part(file: str, part: str) -> str:
+    """Returns the name of the file that holds a part of a graph, one of `ONNX_PARTS`, for that of the whole graph."""
+    return f"{file.removesuffix('.onnx')}_{part}.onnx"
+
+
 class OnnxModel:
-    """The exported form of a model, run by ONNX Runtime on the CPU.
+    """The exported form of a model, run by ONNX Runtime on the CPU; of its graphs, the smallest that gives what is asked.
 
     Args:
         model: The model whose repository holds the export.
@@ -237,31 +248,52 @@ class OnnxModel:
     """
 
     def __init__(self, model: Any, backend: str) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ValueError(f"backend is {backend!r}; it needs onnxruntime: pip install onnxruntime") from error
+        if find_spec("onnxruntime") is None:
+            raise ValueError(f"backend is {backend!r}; it needs onnxruntime: pip install onnxruntime")
         source, file = model.name_or_path, ONNX_FILES[backend]
         try:
-            path = cached_file(source, file, **model.hub_options)
+            self.paths = {"": cached_file(source, file, **model.hub_options)}
         except OSError as error:
             raise ValueError(
                 f"backend is {backend!r}; {source} holds no {file}. Write it with: python -m release.onnx {source}"
             ) from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # it warns of every input that may be left out
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.inputs = {node.name for node in self.session.get_inputs()}
-        self.inputs |= {node.name for node in self.session.get_overridable_initializers()}
+        for part in ONNX_PARTS:  # an export without them computes everything each time
+            options = {**model.hub_options, "_raise_exceptions_for_missing_entries": False}
+            self.paths[part] = cached_file(source, onnx_part(file, part), **options) or self.paths[""]
+        self.sessions: dict[str, Any] = {}
+
+    def session(self, part: str) -> Any:
+        """Returns the session of a part, or of the whole graph ("").
+
+        Raises:
+            ValueError: The part's weights are not those of the file beside it.
+        """
+        import onnxruntime
+
+        path = self.paths[part]
+        if path not in self.sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.log_severity_level = 3  # it warns of every input that may be left out
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            whole = session.get_modelmeta().custom_metadata_map.get("weights_sha256")
+            if whole and whole != sha256(self.paths[""]):
+                raise ValueError(
+                    f"{path} is of another export than {self.paths['']}; write both anew: python -m release.onnx"
+                )
+            self.sessions[path] = session
+        return self.sessions[path]
 
     def __call__(
         self, inputs: dict[str, np.ndarray], tasks: list[str], vector: str | None
     ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
         """Returns the vectors named `vector`, float32 [B, E], and the logits of each task."""
-        given = {name: value for name, value in inputs.items() if name in self.inputs}
+        if not tasks and vector is None:
+            return None, {}
+        session = self.session("" if tasks and vector else "tasks" if tasks else "embedding")
+        known = {node.name for node in [*session.get_inputs(), *session.get_overridable_initializers()]}
         names = [*([] if vector is None else [vector]), *(f"logits.{name}" for name in tasks)]
-        found = self.session.run(names, given)
+        found = session.run(names, {name: value for name, value in inputs.items() if name in known})
         vectors = None if vector is None else found.pop(0)
         return vectors, dict(zip(tasks, found, strict=True))
 

@@ -46,7 +46,6 @@ from evaluation.metrics import (
     similarity_metrics,
     token_spans,
 )
-from evaluation.plots import confusion_matrix, reliability_diagram
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import (
     Record,
@@ -298,6 +297,8 @@ def measure_head(predictions: Predictions, intervals: bool) -> Measures:
 def _draw(folder: Path, name: str, predictions: Predictions) -> None:
     if predictions.spec.problem_type in (REGRESSION, MULTI_LABEL):
         return
+    from evaluation.plots import confusion_matrix, reliability_diagram  # they need matplotlib
+
     truth, predicted = predictions.truth, predictions.predicted
     confusion_matrix(truth, predicted, predictions.spec.labels, name, folder / f"{name}_confusion.png")
     confidence = predictions.probabilities.max(axis=1)

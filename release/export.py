@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 
 from configuration_multitask import POOLING_MODES, WEIGHTS_INDEX, MultiTaskConfig
 from modeling_multitask import MultiTaskModel
-from pipeline_multitask import ONNX_FILES
+from pipeline_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
 from weights_multitask import MODEL_PARTS, WeightsError, sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +194,8 @@ def _replace(folder: Path, output: Path) -> None:
     """Moves the files of a release into a folder, over those of an earlier one."""
     (output / WEIGHTS_INDEX).unlink(missing_ok=True)  # from here on, and until the end, nothing loads
     (output / "config.json").unlink(missing_ok=True)
-    for file in {DENSE_FILE, HEADS_FILE, "2_Dense/config.json", *ONNX_FILES.values()}:
+    onnx_files = [name for file in ONNX_FILES.values() for name in (file, *(onnx_part(file, part) for part in ONNX_PARTS))]
+    for file in (DENSE_FILE, HEADS_FILE, "2_Dense/config.json", *onnx_files):
         (output / file).unlink(missing_ok=True)  # of other weights, or of a release with more parts
     last = {folder / "config.json": 1, folder / WEIGHTS_INDEX: 2}
     for path in sorted((x for x in folder.rglob("*") if x.is_file()), key=lambda x: last.get(x, 0)):

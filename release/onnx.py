@@ -3,9 +3,12 @@
     onnx/model.onnx             float32, the numbers of PyTorch within 1e-4
     onnx/model_quantized.onnx   8-bit weights: a quarter of the size, faster on a CPU, a little less exact
 
-Both give `last_hidden_state`, `sentence_embedding` and `logits.<task>` of every task. They need `input_ids` and
-`attention_mask`; `token_type_ids` and `casing_ids`, where the model reads them, may be left out and are zero then. With
---data, both are measured on the tasks' data sets, into results/onnx.json. Axes: B batch, T tokens, N texts or tokens.
+Both give `last_hidden_state`, `sentence_embedding`, `encoder_embedding` and `logits.<task>` of every task. They need
+`input_ids` and `attention_mask`; `token_type_ids` and `casing_ids`, where the model reads them, may be left out and are zero
+then. ONNX Runtime computes a whole graph whatever is asked of it, so a model with a task branch gets two more files beside
+each, `*_embedding.onnx` and `*_tasks.onnx`: graphs of the embeddings alone and of the logits alone, which read their weights
+from the file of the whole graph. With --data, both are measured on the tasks' data sets, into results/onnx.json. Axes: B
+batch, T tokens, N texts or tokens.
 """
 
 import argparse
@@ -18,8 +21,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,13 +31,27 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, pipeline
 
 from configuration_multitask import TaskSpec
-from evaluation.evaluate import DEFAULT_RECIPE, MULTI_LABEL, REGRESSION, main_metric, measure, surroundings
 from modeling_multitask import MultiTaskModel, WeightsError
-from pipeline_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, MultiTaskPipeline, length_batches, pad_windows
-from training.data import load_task_split
-from training.recipe import Recipe
+from pipeline_multitask import (
+    BACKENDS,
+    CPU_BATCH_TOKENS,
+    ONNX_FILES,
+    ONNX_PARTS,
+    Annotator,
+    length_batches,
+    onnx_part,
+    pad_windows,
+)
+from release.export import ROOT
+from weights_multitask import sha256
+
+if TYPE_CHECKING:  # training and evaluation need more packages than the export
+    from training.recipe import Recipe
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
+EMBEDDINGS = ("last_hidden_state", "sentence_embedding", "encoder_embedding")
+SHARED_BYTES = 1024  # smaller weights are stored with each graph
 OPSET = 20  # the first in which Gelu is one operator, which is faster than its parts
 TOLERANCE = 1e-4
 VERIFIED_ROWS = 50  # of each column of texts of a data set
@@ -59,17 +77,18 @@ class Graph(nn.Module):
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
         reads_types = "token_type_ids" in inspect.signature(model.encoder.forward).parameters
-        reads_casing = any(head.casing is not None for head in model.heads.values())
+        reads_casing = model.task_branch is not None or any(head.casing is not None for head in model.heads.values())
         self.model = model
         self.required = ["input_ids", "attention_mask"]
         self.optional = ["token_type_ids"] * reads_types + ["casing_ids"] * reads_casing
-        self.outputs = ["last_hidden_state", "sentence_embedding", *(f"logits.{name}" for name in model.heads)]
+        self.outputs = [*EMBEDDINGS, *(f"logits.{name}" for name in model.heads)]
+        self.part_outputs = (self.outputs[1 : len(EMBEDDINGS)], self.outputs[len(EMBEDDINGS) :])  # of each of `ONNX_PARTS`
         self.eval()
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         names = self.required + self.optional
         out = self.model(**{name: value.expand_as(values[0]) for name, value in zip(names, values, strict=True)})
-        return out.last_hidden_state, out.sentence_embedding, *out.logits.values()
+        return *(out[name] for name in EMBEDDINGS), *out.logits.values()
 
     @torch.inference_mode()
     def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -136,6 +155,31 @@ def quantize(source: Path, target: Path) -> None:
     )
 
 
+def write_part(whole: Path, part: str, outputs: list[str]) -> None:
+    """Writes the part of a graph that gives some of its outputs; its weights stay in the file of the whole graph."""
+    import onnx
+
+    model = onnx.load(whole)
+    extracted = onnx.utils.Extractor(model).extract_model([x.name for x in model.graph.input], outputs)
+    read = {name for node in extracted.graph.node for name in node.input}
+    inputs = [x for x in extracted.graph.input if x.name in read]
+    del extracted.graph.input[:]
+    extracted.graph.input.extend(inputs)
+    content, place = whole.read_bytes(), 0
+    for tensor in extracted.graph.initializer:
+        values = tensor.raw_data
+        if len(values) < SHARED_BYTES:
+            continue
+        found = content.find(values, place)  # most weights lie in the order in which they are listed
+        place = found if found >= 0 else content.index(values)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", whole.name), ("offset", place), ("length", len(values))):
+            tensor.external_data.add(key=key, value=str(value))
+    extracted.metadata_props.add(key="weights_sha256", value=sha256(whole))
+    onnx.save(extracted, whole.with_name(onnx_part(whole.name, part)))
+
+
 def onnx_run(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
     """Returns a function that runs a graph on one feed, with as many threads as PyTorch has."""
     import onnxruntime
@@ -146,10 +190,10 @@ def onnx_run(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
     return partial(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run, None)
 
 
-def make_feeds(pipe: MultiTaskPipeline, graph: Graph, texts: Iterable[str]) -> list[dict[str, np.ndarray]]:
+def make_feeds(annotator: Annotator, graph: Graph, texts: Iterable[str]) -> list[dict[str, np.ndarray]]:
     """Returns a graph's inputs for texts, int64 [B, T] each, in the pipeline's batches."""
-    names, pad_token_id = graph.required + graph.optional, pipe.tokenizer.pad_token_id or 0
-    batches = length_batches(pipe.preprocess(list(texts), tasks=list(pipe.model.heads)), CPU_BATCH_TOKENS)
+    names, pad_token_id = graph.required + graph.optional, annotator.tokenizer.pad_token_id or 0
+    batches = length_batches(annotator.windows(list(texts), list(annotator.model.heads)), CPU_BATCH_TOKENS)
     inputs = (pad_windows(windows, pad_token_id) for windows in batches)
     return [{name: value for name, value in batch.items() if name in names} for batch in inputs]
 
@@ -165,7 +209,7 @@ def collect(names: list[str], run: Callable, feeds: list[dict[str, np.ndarray]])
 
 def same_labels(spec: TaskSpec, expected: np.ndarray, found: np.ndarray) -> float:
     """Returns the share of items that two sources' logits, [N, C] each, give the same label, or labels."""
-    if spec.problem_type == MULTI_LABEL:
+    if spec.problem_type == "multi_label_classification":
         return float(((expected > 0) == (found > 0)).all(axis=1).mean())
     return float((expected.argmax(axis=1) == found.argmax(axis=1)).mean())
 
@@ -179,11 +223,12 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
     """
     model, tokenizer = MultiTaskModel.from_pretrained(repo), AutoTokenizer.from_pretrained(repo)
     graph = Graph(model)
-    feeds = make_feeds(MultiTaskPipeline(model=model, tokenizer=tokenizer, device="cpu"), graph, texts)
+    feeds = make_feeds(Annotator(model, tokenizer, torch.device("cpu")), graph, texts)
     expected = collect(graph.outputs, graph.run, feeds)
     exact, quantized = (output / file for file in ONNX_FILES.values())
-    for file in (exact, quantized):
-        file.unlink(missing_ok=True)  # rather none than those of earlier weights
+    for file in (exact, quantized):  # rather none than those of earlier weights
+        for name in (file.name, *(onnx_part(file.name, part) for part in ONNX_PARTS)):
+            file.with_name(name).unlink(missing_ok=True)
     model.set_attn_implementation("eager")  # it becomes fewer and faster operators than SDPA
     write_graph(graph, exact)
     found = collect(graph.outputs, onnx_run(exact), feeds)
@@ -195,8 +240,11 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
             f"transformers, {', '.join(PACKAGES)} that constraints.txt names."
         )
     quantize(exact, quantized)
+    if model.task_branch is not None:
+        for file, (part, outputs) in product((exact, quantized), zip(ONNX_PARTS, graph.part_outputs, strict=True)):
+            write_part(file, part, outputs)
     found = collect(graph.outputs, onnx_run(quantized), feeds)
-    specs = {f"logits.{name}": spec for name, spec in model.config.task_specs.items() if spec.problem_type != REGRESSION}
+    specs = {f"logits.{name}": spec for name, spec in model.config.task_specs.items() if spec.problem_type != "regression"}
     return {
         "max_difference": max(differences.values()),
         "int8_cosine": float((expected["sentence_embedding"] * found["sentence_embedding"]).sum(axis=1).mean()),
@@ -204,25 +252,32 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
     }
 
 
-def validation_texts(recipe: Recipe) -> list[str]:
+def validation_texts(recipe: "Recipe") -> list[str]:
     """Returns the first texts of each column of texts of the recipe's validation splits."""
+    from evaluation.evaluate import has_split
+    from training.data import load_task_split
+
     texts = []
-    for task in recipe.tasks.values():
+    for task in recipe.parts.values():
+        if not has_split(task, "validation"):
+            continue
         rows = load_task_split(task, "validation")[:VERIFIED_ROWS]
         texts += [" ".join(x) if isinstance(x, list) else x for column in task.text_columns for x in rows[column]]
     return texts
 
 
-def measure_backends(repo: Path, recipe: Recipe, limit: int | None = None) -> dict[str, Any]:
-    """Returns each task's main metric on its validation split, or on its first `limit` rows, with each backend.
+def measure_backends(repo: Path, recipe: "Recipe", limit: int | None = None) -> dict[str, Any]:
+    """Returns, with each backend, the main metric of each of the recipe's parts on the first `limit` rows of its validation split.
 
     `points` are how many hundredths a backend's metric is from PyTorch's.
     """
+    from evaluation.evaluate import main_metric, measure
+
     tasks: dict[str, dict[str, Any]] = {}
     for backend in BACKENDS:
         pipe = pipeline("multitask", model=str(repo), trust_remote_code=True, device="cpu", backend=backend)
         for name, found in measure(pipe, recipe, "validation", limit=limit).items():
-            metric = main_metric(recipe.tasks[name])
+            metric = main_metric(recipe.parts[name])
             facts = {"metric": metric, **{key: found[key] for key in ("split", "rows", "sha256")}}
             tasks.setdefault(name, facts)[backend] = found["metrics"][metric]
     for task in tasks.values():
@@ -252,6 +307,8 @@ def main() -> None:
     output, texts = args.output or Path(args.repo), list(SENTENCES)
     try:
         if args.data:
+            from training.recipe import Recipe
+
             recipe = Recipe.read(args.recipe, args.data)
             texts += validation_texts(recipe)
         result = {"texts": len(texts), **export(args.repo, output, texts)}
@@ -262,6 +319,8 @@ def main() -> None:
         sys.exit(str(error))
     print(json.dumps(result, indent=2))
     if args.data:
+        from evaluation.evaluate import surroundings
+
         other = "" if args.recipe.resolve() == DEFAULT_RECIPE else f" --recipe {args.recipe.name}"
         result = {"command": f"python -m release.onnx MODEL --data DATA{other}", **result, **surroundings()}
         result["libraries"] |= {name: version(name) for name in PACKAGES}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,23 @@ pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 
 from modeling_multitask import MultiTaskModel  # noqa: E402
-from pipeline_multitask import CPU_BATCH_TOKENS, ONNX_FILES, Record, Window, length_batches  # noqa: E402
+from pipeline_multitask import (  # noqa: E402
+    CPU_BATCH_TOKENS,
+    ONNX_FILES,
+    ONNX_PARTS,
+    Record,
+    Window,
+    length_batches,
+    onnx_part,
+)
 from release import onnx as release_onnx  # noqa: E402
 from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, write_release  # noqa: E402
 from training.recipe import Recipe  # noqa: E402
 
 CASED = {"kind": "token_classification", "labels": ["O", "B-ORG", "I-ORG"], "casing_dim": 4}
 # Its random logits would reach ten and be rounded in proportion; the temperature brings them to the size of the others.
-WIDE = {**CASED, "casing_dim": None, "hidden_dim": 8, "kernel_size": 3, "temperature": 4.0}
-OUTPUTS = ["last_hidden_state", "sentence_embedding", *(f"logits.{name}" for name in (*TASKS, "cased", "wide"))]
+WIDE = {**CASED, "casing_dim": None, "hidden_dim": 8, "temperature": 4.0}
+OUTPUTS = [*release_onnx.EMBEDDINGS, *(f"logits.{name}" for name in (*TASKS, "cased", "wide"))]
 # Where windows of ModernBERT's local attention are shorter than the texts, the mask depends on the length.
 ENCODERS = {"bert": {}, "roberta": {}, "distilbert": {}, "modernbert": {"local_attention": 8}}
 SHAPES = [(1, 1), (1, 2), (3, 7), (2, WINDOW)]
@@ -32,14 +41,16 @@ SHAPES = [(1, 1), (1, 2), (3, 7), (2, WINDOW)]
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Returns a function that gives the release of a tiny model with its export, made once for each encoder."""
-    made: dict[str, tuple[Path, dict]] = {}
+    made: dict[tuple[str, int], tuple[Path, dict]] = {}
 
-    def export(model_type: str = "bert") -> tuple[Path, dict]:
-        if model_type not in made:
+    def export(model_type: str = "bert", num_task_layers: int = 0) -> tuple[Path, dict]:
+        key = model_type, num_task_layers
+        if key not in made:
             fields = {**ENCODERS[model_type], "tasks": {**TASKS, "cased": CASED, "wide": WIDE}}
-            folder = write_release(tmp_path_factory.mktemp(model_type), model_type, **fields)
-            made[model_type] = folder, release_onnx.export(folder, folder)
-        return made[model_type]
+            parent = tmp_path_factory.mktemp(model_type)
+            folder = write_release(parent, model_type, num_task_layers=num_task_layers, **fields)
+            made[key] = folder, release_onnx.export(folder, folder)
+        return made[key]
 
     return export
 
@@ -61,7 +72,7 @@ def feed(batch: int, length: int, padding: str = "right") -> dict[str, np.ndarra
 def assert_same_as_torch(folder: Path, given: dict[str, np.ndarray]) -> None:
     with torch.inference_mode():
         out = MultiTaskModel.from_pretrained(folder)(**{name: torch.from_numpy(x) for name, x in given.items()})
-    expected = dict(zip(OUTPUTS, [out.last_hidden_state, out.sentence_embedding, *out.logits.values()], strict=True))
+    expected = dict(zip(OUTPUTS, [*(out[name] for name in release_onnx.EMBEDDINGS), *out.logits.values()], strict=True))
     found = dict(zip(OUTPUTS, session(folder).run(None, given), strict=True))
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
@@ -69,9 +80,10 @@ def assert_same_as_torch(folder: Path, given: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(found[name][kept], value.numpy()[kept], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("num_task_layers", [0, 1])
 @pytest.mark.parametrize("model_type", ENCODERS)
-def test_every_encoder_gives_pytorchs_numbers_in_every_shape(exported, model_type):
-    folder, _ = exported(model_type)
+def test_every_encoder_gives_pytorchs_numbers_in_every_shape(exported, model_type, num_task_layers):
+    folder, _ = exported(model_type, num_task_layers)
     for shape in SHAPES:
         for padding in ("right", "left"):
             assert_same_as_torch(folder, feed(*shape, padding))
@@ -80,8 +92,8 @@ def test_every_encoder_gives_pytorchs_numbers_in_every_shape(exported, model_typ
 def test_a_row_without_any_token_has_a_zero_embedding(exported):
     given = feed(2, 5)
     given["attention_mask"][1] = 0
-    _, embedding, *logits = session(exported()[0]).run(None, given)
-    assert (embedding[1] == 0).all() and all(np.isfinite(x).all() for x in logits)
+    _, embedding, raw, *logits = session(exported()[0]).run(None, given)
+    assert (embedding[1] == 0).all() and (raw[1] == 0).all() and all(np.isfinite(x).all() for x in logits)
 
 
 def test_ids_and_mask_are_enough_and_outputs_are_named_in_order(exported):
@@ -89,7 +101,8 @@ def test_ids_and_mask_are_enough_and_outputs_are_named_in_order(exported):
     assert [x.name for x in run.get_inputs()] == ["input_ids", "attention_mask"]
     assert [x.name for x in run.get_overridable_initializers()] == ["token_type_ids", "casing_ids"]
     assert [x.name for x in run.get_outputs()] == OUTPUTS
-    assert [x.shape for x in run.get_outputs()[:3]] == [["batch", "length", 32], ["batch", 8], ["batch", 3]]
+    shapes = [["batch", "length", 32], ["batch", 8], ["batch", 32], ["batch", 3]]
+    assert [x.shape for x in run.get_outputs()[:4]] == shapes
 
 
 @pytest.mark.parametrize("name", ["casing_ids", "token_type_ids"])
@@ -116,6 +129,61 @@ def test_one_file_holds_everything_in_standard_operators(exported):
     assert [x.domain for x in graph.opset_import] == [""]
     assert not any(x.external_data for x in graph.graph.initializer)
     assert str(ROOT).encode() not in (folder / ONNX_FILES["onnx"]).read_bytes(), "traces of the machine that made it"
+
+
+@pytest.mark.parametrize("backend", ONNX_FILES)
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_parts_give_what_the_whole_graph_gives_and_hold_next_to_no_weights(exported, model_type, backend):
+    folder, _ = exported(model_type, 1)
+    whole, given = folder / ONNX_FILES[backend], {**feed(3, 7), "casing_ids": np.full((3, 7), 2)}
+    expected = dict(zip(OUTPUTS, session(folder, backend).run(None, given), strict=True))
+    for part, names in zip(ONNX_PARTS, (OUTPUTS[1:3], OUTPUTS[3:]), strict=True):
+        path = whole.with_name(onnx_part(whole.name, part))
+        run = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert [x.name for x in run.get_outputs()] == names
+        assert [x.name for x in run.get_inputs()] == ["input_ids", "attention_mask"]
+        has_casing = "casing_ids" in {x.name for x in run.get_overridable_initializers()}
+        assert has_casing == (part == "tasks"), "the embedding never reads casing"
+        kept = given if has_casing else feed(3, 7)
+        for name, value in zip(names, run.run(None, kept), strict=True):
+            np.testing.assert_allclose(value, expected[name], atol=1e-6, err_msg=name)
+        stored = onnx.load(path, load_external_data=False)
+        large = [x for x in stored.graph.initializer if np.prod(x.dims) * 4 > 4 * release_onnx.SHARED_BYTES]
+        assert large and all(x.external_data for x in large)
+
+
+def test_the_pipeline_runs_the_smallest_graph_that_gives_what_is_asked(exported):
+    folder, _ = exported("bert", 1)
+    torch_pipe, pipe = (
+        pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend=backend)
+        for backend in ("torch", "onnx")
+    )
+    for options, part in (
+        ({"tasks": []}, "_embedding"),
+        ({"tasks": [], "embedding": "encoder"}, "_embedding"),
+        ({"embedding": False}, "_tasks"),
+        ({}, ""),
+    ):
+        pipe.annotator._run.sessions.clear()
+        for record, expected in zip(pipe(TEXTS, **options), torch_pipe(TEXTS, **options), strict=True):
+            assert record.keys() == expected.keys() and decisions(record) == decisions(expected)
+            for name in {"sentence_embedding", "encoder_embedding"} & record.keys():
+                np.testing.assert_allclose(record[name], expected[name], atol=1e-4)
+        assert [Path(path).name for path in pipe.annotator._run.sessions] == [f"model{part}.onnx"]
+    assert pipe(TEXTS[0], tasks=[], embedding=False) == {}
+
+
+def test_a_part_of_another_export_is_refused_and_a_missing_one_replaced_by_the_whole(exported, tmp_path):
+    folder = shutil.copytree(exported("bert", 1)[0], tmp_path / "copy")
+    whole = folder / ONNX_FILES["onnx"]
+    whole.write_bytes(whole.read_bytes() + b"\x72\x00")  # an empty metadata entry: the same graph in another file
+    pipe = pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend="onnx")
+    expected = pipe(TEXTS)
+    with pytest.raises(ValueError, match=r"model_tasks\.onnx is of another export .* python -m release\.onnx"):
+        pipe(TEXTS, embedding=False)
+    whole.with_name("model_tasks.onnx").unlink()
+    pipe = pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend="onnx")
+    assert [decisions(x) for x in pipe(TEXTS, embedding=False)] == [decisions(x) for x in expected]
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)
@@ -165,17 +233,19 @@ def sample_texts() -> list[str]:
 def answers(folder: Path, backend: str, texts: list[str]) -> tuple[list[Window], list[Record]]:
     """Returns what a backend says of each window of the texts, and the records."""
     pipe = pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend=backend)
-    tasks = list(pipe.model.config.tasks)
-    windows = pipe.preprocess(texts, tasks=tasks)
+    tasks, vector = list(pipe.model.config.tasks), "sentence_embedding"
+    windows = pipe.annotator.windows(texts, tasks)
     for batch in length_batches(windows, CPU_BATCH_TOKENS):
-        pipe._forward(batch, tasks=tasks)
-    return windows, pipe.postprocess(texts, windows, tasks=tasks, embedding=True)
+        pipe.annotator.run(batch, tasks, vector)
+    return windows, pipe.annotator.records(texts, windows, tasks, vector)
 
 
 def decisions(record: Record) -> list[Any]:
     """Returns a record's labels and entities without numbers that may differ in their last bits."""
     labels = [answer.get("label", answer.get("labels")) for answer in record.get("labels", {}).values()]
-    return labels + [(x["entity_group"], x["start"], x["end"]) for found in record["entities"].values() for x in found]
+    return labels + [
+        (x["entity_group"], x["start"], x["end"]) for found in record.get("entities", {}).values() for x in found
+    ]
 
 
 def assert_backends_agree(folder: Path, texts: list[str]) -> None:
