@@ -1,7 +1,8 @@
-"""Fits each head's temperature on the validation split: `python -m evaluation.calibrate FOLDER`.
+"""Fits each head's temperature and thresholds on the validation split: `python -m evaluation.calibrate FOLDER`.
 
 A head's logits are divided by its temperature (Guo et al. 2017, On calibration of modern neural networks), so that
-scores say how often the answer is right. Which label is the likeliest stays as it is.
+scores say how often the answer is right. Which label is the likeliest stays as it is. Where several labels apply, each gets the
+threshold with the best F1.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import expit, log_softmax
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_multitask import PROBLEM_TYPES
@@ -23,6 +24,8 @@ from training.data import DataError, load_task_split
 from training.recipe import Recipe, RecipeError
 
 BOUNDS = (0.05, 20.0)
+THRESHOLDS = np.round(np.arange(0.05, 0.91, 0.01), 2)
+RARE = 20
 REGRESSION = PROBLEM_TYPES[2]
 
 
@@ -57,19 +60,38 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return temperature if loss(np.log(temperature)) < loss(0.0) else 1.0
 
 
+def fit_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Returns for each label the probability in `THRESHOLDS` from which to answer it, for the best F1 on these items.
+
+    A label with fewer than `RARE` items gets the threshold that is best for all labels together: its own would be chance.
+
+    Args:
+        probabilities: float [N, C].
+        truth: 0/1 [N, C].
+    """
+    found = probabilities[None] >= THRESHOLDS[:, None, None]  # [thresholds, N, C]
+    hits, answers, items = (found & (truth > 0)).sum(axis=1), found.sum(axis=1), truth.sum(axis=0)
+    f1 = 2 * hits / np.maximum(answers + items, 1)  # [thresholds, C]
+    common = (2 * hits.sum(axis=1) / np.maximum(answers.sum(axis=1) + items.sum(), 1)).argmax()
+    return [float(THRESHOLDS[f1[:, i].argmax() if items[i] >= RARE else common]) for i in range(truth.shape[1])]
+
+
 def calibrate(
     model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, split: str = "validation"
-) -> dict[str, float]:
-    """Sets the temperature of each classification head, in the model and its configuration, and returns them by task.
+) -> dict[str, dict[str, Any]]:
+    """Sets temperature and thresholds of each classification head, in the model and its configuration.
 
-    Doing so again changes nothing. Heads for regression have no temperature, and a task whose data set has no such split
-    keeps its own. The `thresholds` of a multi-label head stay: they are probabilities, to be chosen after this.
+    Doing so again changes nothing. Heads for regression have neither, and a task whose data sets have no such split keeps its
+    own.
+
+    Returns:
+        The new fields of each task's spec: `temperature`, and for multi-label heads `thresholds`.
 
     Raises:
         ValueError: The model does not fit the recipe, or the data are not what the recipe says.
     """
     pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)
-    temperatures = {}
+    fitted: dict[str, dict[str, Any]] = {}
     for name, task in recipe.tasks.items():
         if not task.has_head or task.head.get("problem_type") == REGRESSION:
             continue
@@ -78,19 +100,22 @@ def calibrate(
         if not found:
             continue
         logits = np.concatenate([x.logits for x in found]) * found[0].spec.temperature
-        temperatures[name] = fit_temperature(logits, np.concatenate([x.truth for x in found]))
-        fields = {**model.config.tasks[name], "temperature": temperatures[name]}
-        model.config.set_tasks({**model.config.tasks, name: fields})
+        truth = np.concatenate([x.truth for x in found])
+        fields: dict[str, Any] = {"temperature": fit_temperature(logits, truth)}
+        if found[0].spec.problem_type == PROBLEM_TYPES[1]:
+            fields["thresholds"] = fit_thresholds(expit(logits / fields["temperature"]), truth)
+        fitted[name] = fields
+        model.config.set_tasks({**model.config.tasks, name: {**model.config.tasks[name], **fields}})
         model.heads[name].spec = model.config.task_specs[name]
-    return temperatures
+    return fitted
 
 
-def write_temperatures(path: Path, temperatures: dict[str, float]) -> None:
-    """Writes temperatures into a `config.json`; everything else in it stays as it is."""
+def write_fields(path: Path, fitted: dict[str, dict[str, Any]]) -> None:
+    """Writes new fields of tasks into a `config.json`; everything else in it stays as it is."""
     text = path.read_text("utf-8")
     fields: dict[str, Any] = json.loads(text)
-    for name, temperature in temperatures.items():
-        fields["tasks"][name]["temperature"] = temperature
+    for name, values in fitted.items():
+        fields["tasks"][name].update(values)
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=text.isascii()) + "\n", "utf-8")
 
 
@@ -104,11 +129,11 @@ def main() -> None:
         recipe = Recipe.read(args.recipe, args.data)
         check_splits(recipe, "validation", None)
         model, tokenizer = MultiTaskModel.from_pretrained(args.folder), AutoTokenizer.from_pretrained(args.folder)
-        temperatures = calibrate(model, tokenizer, recipe)
+        fitted = calibrate(model, tokenizer, recipe)
     except (RecipeError, DataError) as error:
         sys.exit(str(error))
-    write_temperatures(args.folder / "config.json", temperatures)
-    print(f"{args.folder}/config.json now holds the temperatures {json.dumps(temperatures)}")
+    write_fields(args.folder / "config.json", fitted)
+    print(f"{args.folder}/config.json now holds {json.dumps(fitted)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -31,8 +32,8 @@ class GradientProbe(TrainerCallback):
         self.trainer, self.found = trainer, []
         self.batches: dict[str, list[Any]] = defaultdict(list)
         for batch in trainer.train_dataset:
-            if len(self.batches[batch["task"]]) < BATCHES:
-                self.batches[batch["task"]].append(batch)
+            if len(self.batches[batch["stream"]]) < BATCHES:
+                self.batches[batch["stream"]].append(batch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measure(0)
@@ -62,7 +63,7 @@ class GradientProbe(TrainerCallback):
         shared = [x for x in model.encoder.parameters() if x.requires_grad]
         sums: dict[str, Tensor] = {}
         for batch in (batch for batches in self.batches.values() for batch in batches[start::2]):
-            moved = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+            moved = send_to_device(batch, model.device)
             losses = objective(model, model.config.task_specs, model.config.pooling_mode, moved)
             del losses["loss"]  # the weighted sum of the others
             for name, loss in losses.items():

@@ -451,14 +451,16 @@ def test_a_live_model_is_calibrated_whatever_its_temperatures_were(data):
     cooler = {name: fields if name == "rating" else {**fields, "temperature": 3.0} for name, fields in TASKS.items()}
     found = [calibrate.calibrate(tiny_model(tasks=x), tiny_tokenizer(), recipe) for x in (TASKS, cooler)]
     assert set(found[0]) == {"sentiment", "topics", "ner", "pos"}
-    assert found[0] == pytest.approx(found[1], abs=2e-3)
+    for name, fields in found[0].items():
+        assert fields["temperature"] == pytest.approx(found[1][name]["temperature"], abs=2e-3)
+    assert set(found[0]["topics"]) == {"temperature", "thresholds"} and set(found[0]["ner"]) == {"temperature"}
     model = tiny_model()
     pipe = MultiTaskPipeline(model=model, tokenizer=tiny_tokenizer(), device="cpu")
     before = {name: evaluate.predict(pipe, name, recipe.tasks[name], data_sets()[name]) for name in found[0]}
     assert calibrate.calibrate(model, tiny_tokenizer(), recipe) == found[0]
     for name, then in before.items():
         now = evaluate.predict(pipe, name, recipe.tasks[name], data_sets()[name])
-        assert now.spec.temperature == model.heads[name].spec.temperature == found[0][name]
+        assert now.spec.temperature == model.heads[name].spec.temperature == found[0][name]["temperature"]
         assert np.array_equal(now.logits.argmax(axis=1), then.logits.argmax(axis=1)) and now.tags == then.tags
         loss = calibrate.negative_log_likelihood
         assert loss(now.logits, now.truth) <= loss(then.logits, then.truth) + 1e-6
@@ -477,13 +479,25 @@ def test_the_command_changes_temperatures_and_nothing_else(release, data, tmp_pa
     found = {name: spec.pop("temperature", None) for name, spec in fields["tasks"].items()}
     assert found.pop("rating") is None and all(0.05 <= x <= 20 for x in found.values())
     original = json.loads(before["config.json"])
-    for spec in original["tasks"].values():
+    for spec in (*original["tasks"].values(), *fields["tasks"].values()):
         spec.pop("temperature", None)
+        spec.pop("thresholds", None)
     assert fields == original and list(fields) == list(original)
     assert MultiTaskModel.from_pretrained(folder).heads["ner"].spec.temperature == found["ner"]
     assert AutoTokenizer.from_pretrained(folder).is_fast
     calibrate.main()
     assert (folder / "config.json").read_bytes() == after["config.json"], "again, it changes nothing"
+
+
+def test_thresholds_have_the_best_f1_and_rare_labels_the_common_one():
+    rng = np.random.default_rng(0)
+    truth = (rng.random((400, 2)) < [0.3, 0.5]).astype(int)
+    probabilities = np.clip(0.2 + 0.3 * truth + rng.normal(0, 0.02, truth.shape), 0, 1)  # 0.2 if absent, 0.5 if present
+    rare = np.zeros((400, 1), dtype=int)
+    rare[0] = 1
+    found = calibrate.fit_thresholds(np.hstack([probabilities, 0.07 * rare]), np.hstack([truth, rare]))
+    assert 0.2 < found[0] < 0.5 and 0.2 < found[1] < 0.5
+    assert found[2] > 0.1, "one item says nothing about where to cut"
 
 
 # Pictures
