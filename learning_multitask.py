@@ -517,25 +517,24 @@ def _learn_words(
         parts[bool(is_out)] += [(window, window.logits[name], ids) for window, ids in labelled if len(ids)]
     total = epochs or max(WORD_EPOCHS, math.ceil(WORD_STEPS * WORD_BATCH / max(1, len(parts[False]))))
     report: Report = {"metric": "entity_f1", "score": None, "held_out": int(out.sum()), "epochs": total}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if parts[False] and parts[True]:
-            head, best, logits = model._new_head(model.config.task_specs[name]), math.inf, None
-            truth = torch.cat([ids for _, _, ids in parts[True]])
-            for epoch in train_words(head, parts[False], total, total, progress):
-                with torch.no_grad():
-                    answers = word_logits(head, [x for x, _, _ in parts[True]], [x for _, x, _ in parts[True]])
-                loss = float(F.cross_entropy(answers, truth))
-                if loss < best:
-                    best, logits, report["epochs"] = loss, answers, epoch
-            temperature = temperature_of(LABEL, logits, truth)[0]
-            rows = np.flatnonzero(out)
-            report |= _score_held_out(annotator, name, examples, found, rows, parts[True], logits)
-            model.config.set_tasks({**model.config.tasks, name: {**model.config.tasks[name], "temperature": temperature}})
-        torch.manual_seed(seed)
-        head = model._new_head(model.config.task_specs[name])
-        for _ in train_words(head, parts[False] + parts[True], total, report["epochs"], progress):
-            pass
+    torch.manual_seed(seed)
+    if parts[False] and parts[True]:
+        head, best, logits = model._new_head(model.config.task_specs[name]), math.inf, None
+        truth = torch.cat([ids for _, _, ids in parts[True]])
+        for epoch in train_words(head, parts[False], total, total, progress):
+            with torch.no_grad():
+                answers = word_logits(head, [x for x, _, _ in parts[True]], [x for _, x, _ in parts[True]])
+            loss = float(F.cross_entropy(answers, truth))
+            if loss < best:
+                best, logits, report["epochs"] = loss, answers, epoch
+        temperature = temperature_of(LABEL, logits, truth)[0]
+        rows = np.flatnonzero(out)
+        report |= _score_held_out(annotator, name, examples, found, rows, parts[True], logits)
+        model.config.set_tasks({**model.config.tasks, name: {**model.config.tasks[name], "temperature": temperature}})
+    torch.manual_seed(seed)
+    head = model._new_head(model.config.task_specs[name])
+    for _ in train_words(head, parts[False] + parts[True], total, report["epochs"], progress):
+        pass
     model.heads[name] = head.to(device=model.device, dtype=model.dtype).train(model.training)
     return report
 
@@ -618,7 +617,7 @@ def add_task(
             f"epochs is {epochs}; it is for entities, and at least 1. Heads of texts are fitted without epochs."
         )
     spec = examples.spec(head, model.config.hidden_size)
-    with _unchanged_on_error(model):
+    with torch.random.fork_rng(devices=[]), _unchanged_on_error(model):  # random numbers outside stay as they are
         model.config.set_tasks({**model.config.tasks, name: spec})
         model.heads[name] = _probe(model, model.config.task_specs[name])
         if examples.kind == ENTITIES:
