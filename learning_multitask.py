@@ -44,7 +44,7 @@ TEMPERATURES = np.geomspace(0.05, 20, 61)
 CALIBRATED_ON = 4000
 THRESHOLDS = np.arange(0.05, 0.96, 0.05)
 FEWEST_FOR_THRESHOLD = 5
-WORD_RATE, WORD_BATCH, WORD_EPOCHS, WORD_STEPS = 1e-3, 16, 8, 600
+WORD_RATE, WORD_BATCH, WORD_EPOCHS, WORD_STEPS = 1e-3, 16, (8, 60), 600  # epochs: as many as make the steps, from … to …
 CASING_DROPOUT = 0.15  # share of texts whose casing is hidden in training, so that the value "unknown" is learned
 MUCH_MEMORY = 1e9  # bytes of features from which on the user is told
 HEAD_FIELDS = {SEQUENCE: {"pooling_mode", "fallback"}, TOKEN: {"hidden_dim", "casing_dim", "classifier_dropout"}}
@@ -515,7 +515,8 @@ def _learn_words(
     for text, spans, is_out in zip(examples.rows, examples.targets, out, strict=True):
         labelled = zip(found[text], word_labels(found[text], spans, tags), strict=True)
         parts[bool(is_out)] += [(window, window.logits[name], ids) for window, ids in labelled if len(ids)]
-    total = epochs or max(WORD_EPOCHS, math.ceil(WORD_STEPS * WORD_BATCH / max(1, len(parts[False]))))
+    enough = math.ceil(WORD_STEPS * WORD_BATCH / max(1, len(parts[False])))
+    total = epochs or min(max(WORD_EPOCHS[0], enough), WORD_EPOCHS[1])
     report: Report = {"metric": "entity_f1", "score": None, "held_out": int(out.sum()), "epochs": total}
     torch.manual_seed(seed)
     if parts[False] and parts[True]:
