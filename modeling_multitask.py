@@ -528,20 +528,20 @@ class MultiTaskModel(PreTrainedModel):
         return super().push_to_hub(repo_id, *args, **kwargs)
 
     def _save_pipeline_code(self, save_directory: str | Path) -> None:
-        """Copies the pipeline's file, which transformers does not count as the model's.
+        """Copies the pipeline's files, which transformers does not count as the model's.
 
-        It is looked for beside this file and in the local folder that the model came from: both are of its own revision.
+        They are looked for beside this file and in the local folder that the model came from: both are of its own revision.
         """
-        target = Path(save_directory, "pipeline_multitask.py")
-        for folder in filter(None, (Path(__file__).parent, self.name_or_path)):
-            source = Path(folder, target.name)
-            if source.exists() and source.resolve() != target.resolve():
+        for name in ("pipeline_multitask.py", "learning_multitask.py"):
+            target = Path(save_directory, name)
+            sources = [Path(folder, name) for folder in (Path(__file__).parent, self.name_or_path) if folder]
+            source = next((path for path in sources if path.exists()), None)
+            if source is None and not target.exists():
+                logger.warning(
+                    f'{name} was not found; copy it into {save_directory} to load pipeline("multitask") from there.'
+                )
+            elif source is not None and source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
-                return
-        if not target.exists():
-            logger.warning(
-                f'{target.name} was not found; copy it into {save_directory} to load pipeline("multitask") from there.'
-            )
 
 
 class _HeadView(MultiTaskModel):

@@ -325,7 +325,7 @@ class Annotator:
                 "tokenizer.json is missing from the model's folder. Fetch the folder again."
             )
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
-        self.tokens_seen = 0
+        self.tokens_seen, self.backend = 0, backend
         self._run = self._run_torch if backend == "torch" else OnnxModel(model, backend)
 
     @property
@@ -530,6 +530,58 @@ class MultiTaskPipeline(Pipeline):
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> Any:
         return self.annotator.records(*model_outputs, **parameters)
+
+    def add_task(
+        self,
+        name: str,
+        texts: Iterable[str],
+        targets: Iterable[Any],
+        /,
+        *,
+        labels: Sequence[str] | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        refit: bool = False,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Learns a new task from examples; every other output and weight stays as it is, to the bit.
+
+        The kind of task follows from the labels: str (one label), lists of str (any number of labels), numbers (regression),
+        or lists of (start, end, label) (entities, by character offsets). Rows whose text or label is missing are left out.
+
+        Args:
+            name: Name of the new task.
+            texts: The texts.
+            targets: The label of each text.
+            labels: The label names in their order; None: sorted. For numbers, the value's name.
+            seed: Decides what is held out, and how entities are trained.
+            progress: Whether to show progress bars; None: on a terminal.
+            refit: Whether a task of this name may be replaced.
+            **settings: `pooling_mode` and `fallback` of a head for texts; `hidden_dim`, `casing_dim`, `classifier_dropout`
+                and `epochs` of one for entities.
+
+        Returns:
+            A report: the `metric` and `score` on held-out examples (a fifth; each fifth in turn where they are few), the
+            `confusions` that are most frequent as (label, answer, count), how many `rows` were used, `left_out`, `duplicates`
+            and `contradicting_texts`, and `notes`, sentences on what to check.
+
+        Raises:
+            ValueError: The examples are not what a head can learn from, or the name is taken. The model stays as it was.
+        """
+        try:
+            from .learning_multitask import add_task
+        except ImportError:
+            from learning_multitask import add_task
+        options = {"labels": labels, "seed": seed, "progress": progress, "refit": refit}
+        return add_task(self.annotator, name, texts, targets, **options, **settings)
+
+    def remove_task(self, name: str) -> None:
+        """Removes a task; every other output stays as it is, to the bit.
+
+        Raises:
+            ValueError: There is no such task.
+        """
+        self.model.remove_task(name)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the model, the tokenizer and the code of both model and pipeline."""

@@ -4,14 +4,16 @@ Colours are those of one blue scale and of the palette of Okabe and Ito (2008), 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix as count_confusions
 
 from evaluation.metrics import BINS, calibration_error, confidence_bins
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
@@ -29,7 +31,7 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, labels: list[str]
     shares = count_confusions(truth, predicted, labels=range(len(labels)), normalize="true")
     counts = np.bincount(truth, minlength=len(labels))
     size = max(4.0, 0.6 * len(labels) + 2.5)
-    figure = Figure(figsize=(size, size), layout="constrained")
+    figure = _figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
@@ -55,7 +57,7 @@ def reliability_diagram(confidence: np.ndarray, correct: np.ndarray, title: str,
     right = np.bincount(bins, weights=correct, minlength=BINS)
     accuracy = np.divide(right, counts, out=np.zeros(BINS), where=counts > 0)
     centres, width = (np.arange(BINS) + 0.5) / BINS, 1 / BINS
-    figure = Figure(figsize=(5, 6), layout="constrained")
+    figure = _figure(figsize=(5, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.bar(centres, accuracy, width, color=COLOURS[0], edgecolor="white")
     above.plot((0, 1), (0, 1), color="black", linestyle="--", label="confidence = accuracy")
@@ -79,7 +81,7 @@ def learning_curves(history: list[dict[str, Any]], path: Path) -> None:
         history: The Trainer's log: dicts with "step" and, where reported, "loss", "loss_<task>", "eval_average" and so on.
         path: The PNG file to write.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = _figure(figsize=(10, 4), layout="constrained")
     losses, averages = figure.subplots(1, 2)
     _draw_curves(losses, history, [key for entry in history for key in entry if key.startswith("loss_")], "loss_")
     losses.set(title="training loss of each task", xlabel="step", ylabel="loss", yscale="log")
@@ -88,7 +90,13 @@ def learning_curves(history: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_curves(axes: Axes, history: list[dict[str, Any]], keys: list[str], prefix: str) -> None:
+def _figure(**options: Any) -> "Figure":
+    from matplotlib.figure import Figure  # optional: only who wants pictures needs it
+
+    return Figure(**options)
+
+
+def _draw_curves(axes: "Axes", history: list[dict[str, Any]], keys: list[str], prefix: str) -> None:
     for index, key in enumerate(dict.fromkeys(keys)):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         name, colour = key.removeprefix(prefix), COLOURS[index % len(COLOURS)]
@@ -97,6 +105,6 @@ def _draw_curves(axes: Axes, history: list[dict[str, Any]], keys: list[str], pre
         axes.legend()
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -33,7 +33,8 @@ from weights_multitask import MODEL_PARTS, WeightsError, sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FILES = (
-    "configuration_multitask.py", "weights_multitask.py", "modeling_multitask.py", "pipeline_multitask.py", "handler.py",
+    "configuration_multitask.py", "weights_multitask.py", "modeling_multitask.py", "pipeline_multitask.py", "learning_multitask.py",
+    "handler.py",
 )  # fmt: skip
 ENCODER_FILE = "model.safetensors"
 DENSE_FILE = "2_Dense/model.safetensors"

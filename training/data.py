@@ -221,7 +221,7 @@ def make_examples(
     if task.kind == TOKEN:
         return _token_examples(task, data, labels, tokenizer, where)
     values = data[task.label_column] if task.label_column else [0.0] * len(data)
-    to_label = _label_reader(task, data, labels, where)
+    to_label = label_reader(task, data, labels, where)
     found = [to_label(value, f"{where}, row {row}, column {task.label_column}") for row, value in enumerate(values)]
     columns = [_texts(data, column, where) for column in task.text_columns]
     if len(columns) == 1:
@@ -258,7 +258,7 @@ def _texts(data: Dataset, column: str, where: str) -> list[str]:
     return texts
 
 
-def _label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> Callable[[Any, str], Any]:
+def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> Callable[[Any, str], Any]:
     """Returns what turns a row's value, given its place for errors, into a label as the task's loss wants it."""
     problem = task.head.get("problem_type")
     if not task.has_head:

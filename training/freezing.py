@@ -5,8 +5,6 @@ from math import ceil
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import TrainerCallback
 
@@ -122,6 +120,9 @@ def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> None:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     if recipe.lora_rank:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+
         tuned = tuned_part(model)
         linear = [name for name, module in tuned.named_modules() if isinstance(module, nn.Linear)]
         config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=linear)
