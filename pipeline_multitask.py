@@ -569,7 +569,7 @@ class MultiTaskPipeline(Pipeline):
             ValueError: The examples are not what a head can learn from, or the name is taken. The model stays as it was.
         """
         try:
-            from .learning_multitask import add_task
+            from .learning_multitask import add_task  # type: ignore[import-not-found]  # mypy checks without a package
         except ImportError:
             from learning_multitask import add_task
         options = {"labels": labels, "seed": seed, "progress": progress, "refit": refit}
