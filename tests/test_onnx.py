@@ -26,7 +26,7 @@ from pipeline_multitask import (  # noqa: E402
     onnx_part,
 )
 from release import onnx as release_onnx  # noqa: E402
-from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, write_release  # noqa: E402
+from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, tiny_model, tiny_tokenizer, write_release  # noqa: E402
 from training.recipe import Recipe  # noqa: E402
 
 CASED = {"kind": "token_classification", "labels": ["O", "B-ORG", "I-ORG"], "casing_dim": 4}
@@ -36,6 +36,15 @@ OUTPUTS = [*release_onnx.EMBEDDINGS, *(f"logits.{name}" for name in (*TASKS, "ca
 # Where windows of ModernBERT's local attention are shorter than the texts, the mask depends on the length.
 ENCODERS = {"bert": {}, "roberta": {}, "distilbert": {}, "modernbert": {"local_attention": 8}}
 SHAPES = [(1, 1), (1, 2), (3, 7), (2, WINDOW)]
+
+
+def write_forked(folder: Path, model_type: str, **fields: Any) -> Path:
+    """Writes a checkpoint of a tiny model with a task branch that heeds casing, and returns its folder."""
+    model = tiny_model(model_type, **fields)
+    torch.nn.init.normal_(model.task_branch.casing.weight)
+    model.save_pretrained(folder)
+    tiny_tokenizer("bytes" if model_type in ("roberta", "modernbert") else "wordpiece").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if key not in made:
             fields = {**ENCODERS[model_type], "tasks": {**TASKS, "cased": CASED, "wide": WIDE}}
             parent = tmp_path_factory.mktemp(model_type)
-            folder = write_release(parent, model_type, num_task_layers=num_task_layers, **fields)
+            if num_task_layers:
+                folder = write_forked(parent, model_type, num_task_layers=num_task_layers, **fields)
+            else:
+                folder = write_release(parent, model_type, **fields)
             made[key] = folder, release_onnx.export(folder, folder)
         return made[key]
 
