@@ -22,7 +22,14 @@ from evaluation.evaluate import ROOT
 from modeling_multitask import MultiTaskModel
 from release.export import export
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "embedding_dim": 16}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "embedding_dim": 16,
+    "num_task_layers": 0,
+}
 WORDS = ["Paris", "Apple", "Tim", "Cook", "love", "store", "sad", "Rome", "closed", "all", "day"]
 # Runs a command and prints the most memory that it had at once. A process of its own, since one inherits its parent's peak.
 WATCH = """

@@ -31,7 +31,7 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from configuration_multitask import WEIGHTS_INDEX
-from pipeline_multitask import ONNX_FILES
+from pipeline_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
 from release import golden, ways
 from release.card import can_render, render_card
 from release.check import check, git_files
@@ -107,7 +107,8 @@ def release_files(folder: Path) -> list[str]:
         names = set(git_files(folder))
     else:
         names = {path.relative_to(folder).as_posix() for pattern in _RELEASE_FILES for path in folder.glob(pattern)}
-    names |= set(ONNX_FILES.values())  # which git ignores
+    # Which git ignores.
+    names |= {*ONNX_FILES.values(), *(onnx_part(file, part) for file in ONNX_FILES.values() for part in ONNX_PARTS)}
     # Not what is deleted, nor folders: submodules of the checkout.
     return sorted(x for x in names - {_HUB_FILE} if (folder / x).is_file() or (folder / x).is_symlink())
 
