@@ -65,6 +65,9 @@ class Bar(Progress):
         self.bar.update(rows if is_rows else 1)
 
 
+SHOWN = 5  # labels of a task in the readable output
+
+
 def summary(result: dict[str, Any], colour: bool) -> str:
     """Returns a result as a few readable lines: entities marked in the text, labels with scores, the start of the vector."""
     if result["error"]:
@@ -77,8 +80,8 @@ def summary(result: dict[str, Any], colour: bool) -> str:
         scores = answer.get("scores", answer.get("values"))
         ranked = sorted(scores.items(), key=lambda item: -item[1])
         best = answer.get("labels", [ranked[0][0]])
-        parts = [paint(f"{label} {score:.2f}", 1 if label in best else 2) for label, score in ranked]
-        lines.append(f"{name:<12}" + "  ".join(parts))
+        parts = [paint(f"{label} {score:.2f}", 1 if label in best else 2) for label, score in ranked[:SHOWN]]
+        lines.append(f"{name:<12}" + "  ".join(parts) + (" …" if len(ranked) > SHOWN else ""))
     if "sentence_embedding" in result:
         vector = result["sentence_embedding"]
         lines.append(f"{'embedding':<12}{len(vector)} dimensions: " + " ".join(f"{x:.3f}" for x in vector[:6]) + " …")
