@@ -440,7 +440,9 @@ def check_splits(recipe: Recipe, split: str, neighbours: list[str] | None) -> No
     Raises:
         RecipeError: Some cannot be loaded; the message names them all.
     """
-    parts = {name: task for name, task in recipe.parts.items() if task.splits.get(split, split)}  # not what has no such split
+    parts = {
+        name: task for name, task in recipe.parts.items() if task.splits.get(split, split)
+    }  # not what has no such split
     loaders = {f"tasks.{name}": partial(load_task_split, task, split) for name, task in parts.items()}
     if neighbours:
         loaders["--neighbours"] = partial(load_split, *neighbours[:2], neighbours[2:])

@@ -226,7 +226,7 @@ DAMAGE = {
     ),
     "an activation": (lambda r: edit(r / "2_Dense/config.json", activation_function="torch.nn.Tanh"), "2_Dense/config.json"),
     "another length": (lambda r: edit(r / "sentence_bert_config.json", max_seq_length=9), "max_seq_length is 9"),
-    "no index": (lambda r: (r / "multitask.safetensors.index.json").unlink(), "cannot be read"),
+    "no index": (lambda r: (r / "multitask.safetensors.index.json").unlink(), "is unreadable"),
     "an index entry too few": (
         lambda r: (r / "multitask.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": {"linear.weight": "2_Dense/model.safetensors"}})
