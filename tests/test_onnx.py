@@ -264,9 +264,9 @@ def assert_backends_agree(folder: Path, texts: list[str]) -> None:
     """Checks that the float32 export gives PyTorch's logits and labels, and eight bits nearly always the same label."""
     (windows, records), (found, exact), (_, rough) = (answers(folder, backend, texts) for backend in ("torch", *ONNX_FILES))
     for one, other in zip(windows, found, strict=True):
-        np.testing.assert_allclose(other.embedding, one.embedding, atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(other.embedding, one.embedding, atol=1e-4)
         for name, logits in one.logits.items():
-            np.testing.assert_allclose(other.logits[name], logits, atol=1e-4, rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(other.logits[name], logits, atol=5e-4, rtol=1e-4, err_msg=name)
     assert [decisions(record) for record in exact] == [decisions(record) for record in records]
     for task, answer in records[0]["labels"].items():
         if "label" in answer:
