@@ -372,19 +372,20 @@ class MultiTaskModel(PreTrainedModel):
         logits = {name: self._head(name)(hidden, mask, casing, pooling) for name in names}
         task_losses = {name: task_loss(self._head(name).spec, logits[name], y) for name, y in (labels or {}).items()}
         weighted = [self._head(name).spec.loss_weight * loss for name, loss in task_losses.items()]
-        out = MultiTaskOutput(
+        embeddings = {}
+        if output_embedding:
+            pooled = pool(encoded.last_hidden_state, mask, pooling)  # [B, H]
+            embeddings["sentence_embedding"] = normalize(pooled if self.linear is None else self.linear(pooled))  # [B, E]
+            embeddings["encoder_embedding"] = normalize(pooled)
+        return MultiTaskOutput(
             last_hidden_state=encoded.last_hidden_state,
+            **embeddings,
             logits=logits,
             loss=sum(weighted[1:], start=weighted[0]) if weighted else None,
             task_losses=task_losses or None,
             hidden_states=encoded.hidden_states if output_hidden_states else None,
             attentions=encoded.attentions,
         )
-        if output_embedding:
-            pooled = pool(encoded.last_hidden_state, mask, pooling)  # [B, H]
-            out.sentence_embedding = normalize(pooled if self.linear is None else self.linear(pooled))  # [B, E]
-            out.encoder_embedding = normalize(pooled)
-        return out
 
     def _encode(
         self,

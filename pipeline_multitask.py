@@ -268,7 +268,10 @@ class OnnxModel:
         Raises:
             ValueError: The part's weights are not those of the file beside it.
         """
-        import onnxruntime
+        try:  # in a `try`, or transformers takes it for something that this file cannot do without
+            import onnxruntime
+        except ImportError as error:
+            raise ValueError(f"onnxruntime cannot be imported: {error}") from error
 
         path = self.paths[part]
         if path not in self.sessions:
