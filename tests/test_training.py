@@ -234,6 +234,26 @@ def test_missing_labels_are_skipped(workshop):
 # The run folder
 
 
+def test_training_continues_from_an_earlier_model(workshop):
+    settings = ("model.num_task_layers=1", "model.embedding_dim=4", "model.prefix_dims=[]")
+    model, output = workshop.train("mood", settings=settings)
+    again, _ = workshop.train(
+        "mood",
+        settings=(
+            *settings,
+            f'model.start="{output / "final"}"',
+            "optimizer.learning_rate=1e-9",
+            "optimizer.head_learning_rate=1e-9",
+        ),
+    )
+    assert same(model.encoder, again.encoder)
+    for part in ("task_branch", "heads"):
+        first, second = getattr(model, part).state_dict(), getattr(again, part).state_dict()
+        assert all(torch.allclose(x, second[name], atol=1e-5) for name, x in first.items()), part
+    with pytest.raises(RecipeError, match="model.start .* tasks and labels"):
+        workshop.train("topics", settings=(*settings, f'model.start="{output / "final"}"'))
+
+
 def test_the_run_folder_says_what_was_run(workshop):
     model, output = workshop.train("mood", "ner", settings=("run.evaluations=2", "freezing.freeze=word_embeddings"))
     run, recipe = (json.loads((output / name).read_text()) for name in ("run.json", "recipe.json"))

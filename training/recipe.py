@@ -42,6 +42,8 @@ class ModelRecipe:
         embedding_dim: Dimension of the projected embedding; left out: no projection.
         projection: File that holds the projection as `linear.weight`, see `training.projection`; left out: the principal
             components of the training texts' vectors.
+        start: Hub id or folder of an earlier model with the same tasks, labels and layers, whose branch and heads training
+            continues from; left out: the branch starts as a copy of the encoder's layers, heads at random.
         num_task_layers: Layers of the task branch, see `MultiTaskConfig`. Above 0, the encoder and the projection are
             frozen: the tasks train the branch and the heads.
         prefix_dims: Lengths of the embedding's prefixes that the embedding tasks train too (Kusupati et al. 2022,
@@ -54,6 +56,7 @@ class ModelRecipe:
     pooling_mode: str = "mean"
     embedding_dim: int | None = None
     projection: str | None = None
+    start: str | None = None
     num_task_layers: int = 0
     prefix_dims: list[int] = field(default_factory=list)
     encoder_dropout: float | None = None

@@ -136,10 +136,34 @@ def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskMo
         raise RecipeError(f"model: {error}") from error
     model.encoder.load_state_dict(encoder.state_dict())
     model.reset_branch()
+    if recipe.model.start is not None:
+        start_from(model, recipe.model.start)
     for module in (*model.encoder.modules(), *(model.task_branch.modules() if model.task_branch else ())):
         if isinstance(module, torch.nn.Dropout) and recipe.model.encoder_dropout is not None:
             module.p = recipe.model.encoder_dropout  # not in the configuration: it is a matter of this run
     return model, encoder.eval()
+
+
+def start_from(model: MultiTaskModel, start: str) -> None:
+    """Gives a model the branch and the heads of an earlier one.
+
+    Raises:
+        RecipeError: The earlier one has other encoder weights, tasks, labels or layers.
+    """
+    earlier = MultiTaskModel.from_pretrained(start)
+    weights = {name: x for name, x in earlier.state_dict().items() if name.startswith(("task_branch.", "heads."))}
+    labels, wanted = ({name: x.labels for name, x in m.config.task_specs.items()} for m in (earlier, model))
+    if labels != wanted:
+        raise RecipeError(f"model.start is {start!r}, whose tasks and labels are {labels}; the recipe's are {wanted}")
+    encoder = model.encoder.state_dict()
+    if any(not torch.equal(x, encoder.get(name, x[:0])) for name, x in earlier.encoder.state_dict().items()):
+        raise RecipeError(
+            f"model.start is {start!r}, whose encoder is not model.encoder: give the encoder that it was made of"
+        )
+    expected = {name: x.shape for name, x in model.state_dict().items() if name.startswith(("task_branch.", "heads."))}
+    if expected != {name: x.shape for name, x in weights.items()}:
+        raise RecipeError(f"model.start is {start!r}, whose branch or heads have other shapes than the recipe's")
+    model.load_state_dict(weights, strict=False)
 
 
 def check_model(model: MultiTaskModel, recipe: Recipe) -> None:
@@ -364,7 +388,7 @@ def _flat(fields: dict[str, Any], place: str = "") -> set[tuple[str, str]]:
     for key, value in fields.items():
         if isinstance(value, dict):
             found |= _flat(value, f"{place}{key}.")
-        elif key not in ("dataset", "encoder", "teacher"):
+        elif key not in ("dataset", "encoder", "start", "teacher"):
             found.add((place + key, json.dumps(value)))
     return found
 
