@@ -107,10 +107,10 @@ def _key_problems(file: str, stored: dict[str, str], named: set[str] | None) -> 
         named = set(stored)
     problems = [f"{key}: missing in {file}" for key in sorted(named - set(stored))]
     problems += [
-        f"{key}: {file} holds numbers of type {stored[key]}, weights are floating-point"
+        f"{key}: {file} has dtype {stored[key]}; weights must be floating-point"
         for key in sorted(named & set(stored) - weights)
     ]
-    # Integers are buffers, such as the `position_ids` of older checkpoints, which the model computes by itself.
+    # Integers are buffers, such as the `position_ids` of older checkpoints, which the model computes itself.
     return problems + [f"{key}: stored in {file}, but the index does not name it there" for key in sorted(weights - named)]
 
 
@@ -177,7 +177,7 @@ def _hint(key: str, config: MultiTaskConfig) -> str:
 def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Returns one line for each tensor that holds a NaN or an infinity."""
     return [
-        f"{name}: holds numbers that are not finite"
+        f"{name}: holds values that are not finite"
         for name, x in weights
         if x.device.type != "meta" and x.is_floating_point() and not torch.isfinite(x).all()
     ]

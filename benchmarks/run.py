@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 
 from benchmarks.rivals import SPACY, Finder, load_rivals
-from evaluation.evaluate import ROOT, surroundings
+from evaluation.evaluate import ROOT, environment_info
 from pipeline_multitask import CPU_BATCH_TOKENS, ONNX_FILES, length_batches, pad_windows
 from training.data import load_split
 
@@ -299,7 +299,7 @@ def make_parser(description: str | None, texts: int, output: str) -> argparse.Ar
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Writes a measurement, with what it depends on."""
-    result = {**result, **surroundings()}
+    result = {**result, **environment_info()}
     result["libraries"] |= {name: version(name) for name in OPTIONAL_LIBRARIES if find_spec(name)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")

@@ -74,7 +74,7 @@ from training.recipe import POSITIVE_PAIRS, REWRITES, SCORED_PAIRS, Recipe, Reci
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
 NEIGHBOURS = 10
-RANKED_ROWS = 1000  # of positive pairs: each anchor looks for its partner among so many
+RANKED_ROWS = 1000  # positive pairs: each anchor is ranked against the partners of this many rows
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "seqeval", "scikit-learn")
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES
 LESS_IS_BETTER = ("mean_absolute_error", "calibration_error")
@@ -104,7 +104,7 @@ def measure(
         split: "train", "validation" or "test".
         reference: The starting encoder (folder or Hub id); adds to the tasks of pairs how far the model is from it.
         intervals: Whether to compute the 95 % bootstrap interval of every metric; if not, `intervals` is empty.
-        limit: Only the first so many rows of each split are read.
+        limit: Maximum number of rows of each split, from its start.
         form: How the texts are rewritten first, see `REWRITES`; None: as they are.
         plots: Folder to draw each classification head's confusion matrix and reliability diagram in.
 
@@ -124,7 +124,7 @@ def measure(
             if plots:
                 _draw(plots, key.replace("/", "_"), predictions)
         else:
-            metrics, ranges = measure_pairs(pipe, task, data, recipe.model.prefix_dims, reference, intervals)
+            metrics, ranges = measure_pairs(pipe, task, data, recipe.model.matryoshka_dims, reference, intervals)
         facts = {"split": split, "rows": len(data), "sha256": fingerprint(task, data)}
         results[key] = {"metrics": metrics, "intervals": ranges, **facts}
     return results
@@ -134,10 +134,10 @@ def main_metric(task: TaskRecipe) -> str:
     """Returns the name of the metric that a task is judged by: the recipe's, or the usual one of its kind.
 
     Raises:
-        ValueError: The recipe names a metric of which less is better, which no average can hold.
+        ValueError: The recipe names a metric for which lower is better; it cannot enter an average.
     """
     if task.metric in LESS_IS_BETTER:
-        raise DataError(f"metric is {task.metric!r}, of which less is better; choose one of which more is better.")
+        raise DataError(f"metric is {task.metric!r}, for which lower is better; choose one for which higher is better.")
     if task.metric is not None:
         return task.metric
     if task.kind == TOKEN:
@@ -308,10 +308,10 @@ def _draw(folder: Path, name: str, predictions: Predictions) -> None:
 # What the embedding says
 
 
-def embed(pipe: Any, texts: list[str], prefix_dims: list[int], reference: str | None) -> dict[str, np.ndarray]:
+def embed(pipe: Any, texts: list[str], matryoshka_dims: list[int], reference: str | None) -> dict[str, np.ndarray]:
     """Returns the texts' vectors, float [N, E], by the suffix of their metrics' names.
 
-    "" is the sentence embedding, "_raw" the encoder's own pooled vector, "_<n>" the embedding's first n numbers and
+    "" is the sentence embedding, "_raw" the encoder's own pooled vector, "_<n>" the embedding's first n dimensions and
     "_reference" the pooled vector of the encoder `reference`.
     """
     limits = [pipe.tokenizer.model_max_length, pipe.model.max_length]
@@ -320,7 +320,7 @@ def embed(pipe: Any, texts: list[str], prefix_dims: list[int], reference: str | 
     mode, pad_token_id = pipe.model.config.pooling_mode, pipe.tokenizer.pad_token_id or 0
     embeddings = np.stack([record["sentence_embedding"] for record in pipe(texts, tasks=[])])
     views = {"": embeddings, "_raw": encode(pipe.model.encoder, ids, mode, pad_token_id).numpy()}
-    views.update({f"_{dim}": embeddings[:, :dim] for dim in prefix_dims})
+    views.update({f"_{dim}": embeddings[:, :dim] for dim in matryoshka_dims})
     if reference:
         encoder = AutoModel.from_pretrained(reference).eval().to(pipe.device)
         views["_reference"] = encode(encoder, ids, mode, pad_token_id).numpy()
@@ -328,7 +328,7 @@ def embed(pipe: Any, texts: list[str], prefix_dims: list[int], reference: str | 
 
 
 def measure_pairs(
-    pipe: Any, task: TaskRecipe, data: Dataset, prefix_dims: list[int], reference: str | None, intervals: bool
+    pipe: Any, task: TaskRecipe, data: Dataset, matryoshka_dims: list[int], reference: str | None, intervals: bool
 ) -> Measures:
     """Returns how well each of the vectors of `embed` ranks pairs or triplets, and with `reference` also `drift`.
 
@@ -336,7 +336,7 @@ def measure_pairs(
     of all partners; triplets the share whose positive is nearer than their negative.
     """
     texts = [text for column in task.text_columns for text in data[column]]
-    views = embed(pipe, texts, prefix_dims, reference)
+    views = embed(pipe, texts, matryoshka_dims, reference)
     sides = {suffix: np.split(view, len(task.text_columns)) for suffix, view in views.items()}
     if task.kind == SCORED_PAIRS:
         scores = list(data[task.label_column])
@@ -424,7 +424,7 @@ def _hash_columns(data: Dataset, columns: list[str]) -> str:
     return digest.hexdigest()
 
 
-def surroundings() -> dict[str, Any]:
+def environment_info() -> dict[str, Any]:
     """Returns what a result depends on besides its recipe: revision, libraries, machine."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
     return {
@@ -518,7 +518,7 @@ def main() -> None:
         "parameters": sum(x.numel() for x in pipe.model.parameters()),
         "tasks": tasks,
         "recipe": dataclasses.asdict(public),  # without the places of local copies
-        **surroundings(),
+        **environment_info(),
     }
     if neighbours:
         result["drift"] = measure_drift(pipe, *neighbours, args.reference, intervals=True)

@@ -16,7 +16,7 @@ from unittest import mock
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from evaluation.evaluate import ROOT, fingerprint, measure_head, predict, surroundings
+from evaluation.evaluate import ROOT, environment_info, fingerprint, measure_head, predict
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import BioScheme, MultiTaskPipeline
 from training.data import load_task_split
@@ -71,7 +71,7 @@ def main() -> None:
         "split": "validation",
         "sha256": fingerprint(task, load_task_split(task, "validation")),
         "ways": measure_reading(pipe, task),
-        **surroundings(),
+        **environment_info(),
     }
     OUTPUT.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for way, metrics in content["ways"].items():

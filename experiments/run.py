@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from evaluation.evaluate import ROOT, average, measure, measure_drift, surroundings
+from evaluation.evaluate import ROOT, average, environment_info, measure, measure_drift
 from experiments.conflicts import gradient_conflicts
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
@@ -125,7 +125,7 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> None:
     target = args.output / cell.path
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
-    part.write_text(json.dumps({**result, **surroundings()}, indent=1) + "\n", "utf-8")
+    part.write_text(json.dumps({**result, **environment_info()}, indent=1) + "\n", "utf-8")
     part.rename(target)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -319,10 +319,10 @@ def main() -> None:
         sys.exit(str(error))
     print(json.dumps(result, indent=2))
     if args.data:
-        from evaluation.evaluate import surroundings
+        from evaluation.evaluate import environment_info
 
         other = "" if args.recipe.resolve() == DEFAULT_RECIPE else f" --recipe {args.recipe.name}"
-        result = {"command": f"python -m release.onnx MODEL --data DATA{other}", **result, **surroundings()}
+        result = {"command": f"python -m release.onnx MODEL --data DATA{other}", **result, **environment_info()}
         result["libraries"] |= {name: version(name) for name in PACKAGES}
         (output / "results").mkdir(exist_ok=True)
         (output / "results/onnx.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")

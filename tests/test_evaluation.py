@@ -100,7 +100,7 @@ def test_main_metrics_and_their_average():
     assert evaluate.main_metric(task(head={"problem_type": "regression"})) == "spearman"
     kinds = {"token_classification": "f1", "scored_pairs": "spearman", "positive_pairs": "accuracy", "triplets": "accuracy"}
     assert {kind: evaluate.main_metric(task(kind)) for kind in kinds} == kinds
-    with pytest.raises(ValueError, match="metric is 'mean_absolute_error', of which less is better"):
+    with pytest.raises(ValueError, match="metric is 'mean_absolute_error', for which lower is better"):
         evaluate.main_metric(task(metric="mean_absolute_error"))
 
     recipe = Recipe.build(
@@ -300,7 +300,7 @@ def recipe_text(data):
     """Returns a recipe of all those data sets, which lie in the folder `data`."""
     kinds = {"similarity": "scored_pairs", "retrieval": "positive_pairs", "triples": "triplets"}
     columns = {"sequence_classification": ["text"], "token_classification": ["tokens"], "triplets": ["a", "b", "c"]}
-    lines = ['[model]\nencoder = "e"\nmax_length = 32\nprefix_dims = [4]\n[optimizer]\nlearning_rate = 1e-4']
+    lines = ['[model]\nencoder = "e"\nmax_length = 32\nmatryoshka_dims = [4]\n[optimizer]\nlearning_rate = 1e-4']
     for name in data_sets():
         spec = TASKS.get(name, {})
         kind = kinds.get(name) or spec["kind"]

@@ -40,7 +40,7 @@ def test_parts_are_frozen_in_every_encoder(family, part):
 def test_the_first_layers_are_frozen_with_the_embeddings():
     model = tiny_model()
     height = heights(model)
-    recipe = FreezingRecipe(first_layers=1)
+    recipe = FreezingRecipe(num_frozen_layers=1)
     assert {name for name in height if is_frozen(model, name, recipe)} == {n for n, x in height.items() if x in (0, 1)}
 
 
@@ -81,8 +81,8 @@ def test_a_recipe_that_freezes_everything_is_refused():
 
 
 def test_layers_that_are_not_there_cannot_be_frozen():
-    with pytest.raises(RecipeError, match="freezing.first_layers is 2 .* this encoder has 2 layers"):
-        freeze(tiny_model(), FreezingRecipe(first_layers=2))
+    with pytest.raises(RecipeError, match="freezing.num_frozen_layers is 2 .* this encoder has 2 layers"):
+        freeze(tiny_model(), FreezingRecipe(num_frozen_layers=2))
 
 
 def test_schedules_start_at_the_top_and_end_before_the_run_does():
@@ -90,9 +90,11 @@ def test_schedules_start_at_the_top_and_end_before_the_run_does():
     height = heights(model)
     gradual = {x: first_step(model, name, FreezingRecipe(gradual=True), 100) for name, x in height.items()}
     assert gradual == {None: 0, 2: 0, 1: 25, 0: 50}
-    probe = {x: first_step(model, name, FreezingRecipe(probe_ratio=0.25), 100) for name, x in height.items()}
+    probe = {x: first_step(model, name, FreezingRecipe(linear_probe_ratio=0.25), 100) for name, x in height.items()}
     assert probe == {None: 0, 2: 25, 1: 25, 0: 25}
-    both = {x: first_step(model, name, FreezingRecipe(probe_ratio=0.25, gradual=True), 100) for name, x in height.items()}
+    both = {
+        x: first_step(model, name, FreezingRecipe(linear_probe_ratio=0.25, gradual=True), 100) for name, x in height.items()
+    }
     assert both == {None: 0, 2: 25, 1: 38, 0: 50}
 
 

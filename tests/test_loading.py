@@ -345,7 +345,7 @@ DAMAGE = {
     ),
     "integers in place of weights": (
         lambda r: edit_weights(r / HEADS, lambda x: x.update({"heads.pos.classifier.bias": torch.zeros(3).long()})),
-        "heads.pos.classifier.bias: heads/model.safetensors holds numbers of type I64, weights are floating-point",
+        "heads.pos.classifier.bias: heads/model.safetensors has dtype I64; weights must be floating-point",
     ),
     "heads of another release": (
         lambda r: edit_weights(r / HEADS, lambda x: x["heads.pos.classifier.bias"].add_(1)),

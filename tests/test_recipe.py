@@ -12,7 +12,7 @@ RECIPE = """
 [model]
 encoder = "e"
 embedding_dim = 8
-prefix_dims = [4]
+matryoshka_dims = [4]
 max_length = 32
 
 [tasks.mood]
@@ -50,13 +50,13 @@ def problems(tmp_path: Path, text: str, **options) -> list[str]:
 
 def test_every_problem_is_reported_at_once(tmp_path):
     text = RECIPE.replace("max_length = 32", "max_lenght = 32").replace("seed = 3", 'seed = "three"')
-    text = text.replace("prefix_dims = [4]", 'prefix_dims = [4, "x"]').replace("learning_rate = 5e-3", "")
+    text = text.replace("matryoshka_dims = [4]", 'matryoshka_dims = [4, "x"]').replace("learning_rate = 5e-3", "")
     found = problems(tmp_path, text)
     assert found[0].endswith("recipe.toml:") and len(found) == 6
     for expected in (
-        "model.max_lenght is unknown; known here: encoder, max_length",
+        "model.max_lenght is unknown; known keys: encoder, max_length",
         "model.max_length is missing",
-        "model.prefix_dims[1] is 'x'; it must be of type int",
+        "model.matryoshka_dims[1] is 'x'; it must be of type int",
         "optimizer.learning_rate is missing",
         "run.seed is 'three'; it must be of type int",
     ):
@@ -81,18 +81,19 @@ def test_every_problem_is_reported_at_once(tmp_path):
         (["tasks.similarity.head.hidden_dim=2"], "tasks.similarity.head is {'hidden_dim': 2}; a scored_pairs task has no head"),
         (["tasks.similarity.focal_gamma=2"], "tasks.similarity.class_weights, focal_gamma and label_smoothing are for"),
         (["tasks.similarity.kind=positive_pairs"], "label_column is 'score'; a positive_pairs task has none"),
-        (["sampling.batches=5"], "sampling.batches is 5; mode 'epochs' counts by the tasks' epochs"),
-        (["losses.weighting=pcgrad"], "losses.weighting is 'pcgrad'; it needs sampling.tasks_per_step of at least 2"),
+        (["sampling.batches=5"], "sampling.batches is 5; in mode 'epochs' the tasks' epochs set"),
+        (["losses.weighting=pcgrad"], "losses.weighting is 'pcgrad'; it needs sampling.gradient_accumulation_steps of at least 2"),
         (["run.patience=2"], "run.patience needs run.evaluations of at least 1"),
-        (["freezing.freeze=encoder", "freezing.lora_rank=4"], "freezing.freeze is 'encoder'; then lora_rank, gradual and"),
+        (["freezing.freeze=encoder", "freezing.lora_rank=4"], "freezing.freeze is 'encoder'; lora_rank, gradual and"),
         (["run.seed=-1"], "run.seed is -1; it must be at least 0 and at most 4294967295"),
-        (["optimizer.groups=[{pattern='(', learning_rate=1}]"], "optimizer.groups[0].pattern is '(', no regular expression"),
+        (["optimizer.groups=[{pattern='(', learning_rate=1}]"], "optimizer.groups[0].pattern is '(', not a valid regular expression"),
         (["optimizer.groups=[{pattern='x', learning_rate=-1}]"], "optimizer.groups[0].learning_rate is -1.0; it must be"),
         (["tasks.drift.kind=sequence_classification"], "tasks.drift.dataset is missing; name one, or several"),
-        (["model.prefix_dims=[9]"], "model.prefix_dims holds 9; a prefix of the embedding has from 1 to 8 numbers"),
+        (["model.matryoshka_dims=[9]"], "model.matryoshka_dims holds 9; allowed: 1 to 8 dimensions"),
         (["tasks={}"], "--set tasks={}: it must have the form section.key=value, such as run.seed=7"),
+        (["freezing.probe_ratio=0.1"], "freezing.probe_ratio is now called linear_probe_ratio; rename it in the recipe"),
         (["seed"], "--set seed: it must have the form section.key=value"),
-        (["run.seed.x=1"], "--set run.seed.x=1: seed is no section"),
+        (["run.seed.x=1"], "--set run.seed.x=1: seed is not a section"),
     ],
 )  # fmt: skip
 def test_values_are_checked(tmp_path, settings, message):
@@ -100,7 +101,7 @@ def test_values_are_checked(tmp_path, settings, message):
 
 
 def test_an_embedding_task_needs_something_that_trains(tmp_path):
-    text = RECIPE.replace("embedding_dim = 8\nprefix_dims = [4]\n", "")
+    text = RECIPE.replace("embedding_dim = 8\nmatryoshka_dims = [4]\n", "")
     found = problems(tmp_path, text, overrides=["freezing.freeze=encoder"])
     assert any("tasks.similarity trains the embedding alone, and the encoder is frozen" in line for line in found)
 
@@ -180,7 +181,7 @@ def with_part(**fields):
         (with_part(epochs=-1.0), "tasks.mood.datasets.a.epochs is -1.0; it must be at least"),
         (with_part(passage_rows=2), "datasets.a.passage_rows is 2; only token_classification"),
         (several(task={"labels": None}), "tasks.mood.labels is missing; a task with several data sets names its own"),
-        (several(task={"dataset": "dc"}), "tasks.mood.dataset stands beside datasets"),
+        (several(task={"dataset": "dc"}), "tasks.mood.dataset is given beside datasets"),
         (
             several(task={"rewrites": {"shout": 0.1}}),
             "tasks.mood.rewrites names 'shout'; allowed: lower, upper, title, bare",

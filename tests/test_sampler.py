@@ -101,13 +101,13 @@ def test_round_robin_takes_turns():
 
 @pytest.mark.parametrize("mode", ["epochs", "uniform"])
 def test_a_run_is_a_whole_number_of_steps(mode):
-    found = plan({"a": 40, "b": 4}, mode=mode, tasks_per_step=4)
+    found = plan({"a": 40, "b": 4}, mode=mode, gradient_accumulation_steps=4)
     assert len(found) == 12, "eleven batches, filled up to three steps of four"
 
 
 @pytest.mark.parametrize("mode", ["epochs", "temperature"])
 def test_processes_share_the_plan_and_see_every_batch_once(mode):
-    found = plan({"a": 41, "b": 12}, mode=mode, tasks_per_step=2)
+    found = plan({"a": 41, "b": 12}, mode=mode, gradient_accumulation_steps=2)
     batches = BatchSampler(SequentialSampler(found), batch_size=1, drop_last=False)
     shares = [[i for (i,) in BatchSamplerShard(batches, num_processes=2, process_index=rank)] for rank in (0, 1)]
     assert len(shares[0]) == len(shares[1]) and sorted(shares[0] + shares[1]) == list(range(len(found)))

@@ -79,7 +79,7 @@ class Workshop:
             f'[tasks.{x}]\n{KINDS[x]}\ndataset = "{self.folder / x}"\nfolder = "{x}"\nbatch_size = 4\nepochs = 4'
             for x in names
         ]
-        model = f'[model]\nencoder = "{self.folder / "encoder"}"\nmax_length = 32\nembedding_dim = 8\nprefix_dims = [4]'
+        model = f'[model]\nencoder = "{self.folder / "encoder"}"\nmax_length = 32\nembedding_dim = 8\nmatryoshka_dims = [4]'
         rest = "[optimizer]\nlearning_rate = 5e-3\nhead_learning_rate = 2e-2\nweight_decay = 0.1\n[run]\nseed = 3\ncalibrate = false"
         path = self.folder / f"{'-'.join(names)}.toml"
         path.write_text("\n".join([model, *tasks, rest]))
@@ -149,10 +149,10 @@ def test_casing_tells_what_the_uncased_words_cannot(workshop):
     [
         ("losses.weighting=log_labels", "sampling.mode=round_robin"),
         ("losses.weighting=uncertainty", "sampling.mode=uniform"),
-        ("losses.weighting=pcgrad", "sampling.tasks_per_step=3", "sampling.mode=temperature"),
-        ("losses.weighting=upgrad", "sampling.tasks_per_step=2", "sampling.mode=annealed"),
+        ("losses.weighting=pcgrad", "sampling.gradient_accumulation_steps=3", "sampling.mode=temperature"),
+        ("losses.weighting=upgrad", "sampling.gradient_accumulation_steps=2", "sampling.mode=annealed"),
         ("freezing.lora_rank=4", "optimizer.learning_rate=1e-2"),
-        ("freezing.gradual=true", "freezing.probe_ratio=0.2", "optimizer.layer_decay=0.8"),
+        ("freezing.gradual=true", "freezing.linear_probe_ratio=0.2", "optimizer.layer_decay=0.8"),
         ("run.precision=bfloat16", "optimizer.schedule=cosine"),
         ("losses.preserve_weight=0.5", "losses.preserve_mode=both", "model.encoder_dropout=0"),
     ],
@@ -187,9 +187,9 @@ def test_what_is_frozen_is_bit_identical_after_training(workshop, part):
 
 
 def test_a_probe_leaves_the_encoder_alone_until_it_is_over(workshop):
-    model, _ = workshop.train("mood", settings=("freezing.probe_ratio=0.99", "tasks.mood.epochs=1"))
+    model, _ = workshop.train("mood", settings=("freezing.linear_probe_ratio=0.99", "tasks.mood.epochs=1"))
     assert same(workshop.start, model.encoder), "two steps, of which the probe takes both"
-    model, _ = workshop.train("mood", settings=("freezing.probe_ratio=0.5", "tasks.mood.epochs=1"))
+    model, _ = workshop.train("mood", settings=("freezing.linear_probe_ratio=0.5", "tasks.mood.epochs=1"))
     assert not same(workshop.start, model.encoder)
 
 
@@ -202,7 +202,7 @@ def test_lower_layers_train_later_and_less_of_them_the_shorter_the_run(workshop)
 
 
 def test_what_no_task_reads_stays_even_with_decay_and_surgery(workshop):
-    settings = ("losses.weighting=pcgrad", "sampling.tasks_per_step=2", "optimizer.weight_decay=0.5")
+    settings = ("losses.weighting=pcgrad", "sampling.gradient_accumulation_steps=2", "optimizer.weight_decay=0.5")
     model, _ = workshop.train("mood", "topics", settings=settings)
     assert torch.equal(model.encoder.pooler.dense.weight, workshop.start.pooler.dense.weight)
 
@@ -235,7 +235,7 @@ def test_missing_labels_are_skipped(workshop):
 
 
 def test_training_continues_from_an_earlier_model(workshop):
-    settings = ("model.num_task_layers=1", "model.embedding_dim=4", "model.prefix_dims=[]")
+    settings = ("model.num_task_layers=1", "model.embedding_dim=4", "model.matryoshka_dims=[]")
     model, output = workshop.train("mood", settings=settings)
     again, _ = workshop.train(
         "mood",
@@ -447,7 +447,7 @@ def test_two_processes_train_as_one_does_with_the_same_steps(workshop):
         "model.encoder_dropout=0",
         "tasks.mood.head.classifier_dropout=0",
         "tasks.pairs.epochs=8",
-        "sampling.tasks_per_step=2",
+        "sampling.gradient_accumulation_steps=2",
     ]
     settings = [x for setting in quiet for x in ("--set", setting)]
     recipe = str(workshop.write("mood", "pairs"))

@@ -401,7 +401,7 @@ def news_rows(archive: Path, file: str) -> list[Row]:
 
 
 def goemotions(files: Files) -> Splits:
-    """Returns the comments of GoEmotions with the numbers of all their labels; the files hold text, label numbers and an id."""
+    """Returns the comments of GoEmotions with the ids of all their labels; the files hold text, label ids and a comment id."""
     splits: Splits = {}
     for split, path in files.items():
         for row, line in enumerate(lines_of(text_of(path)), 1):
@@ -409,7 +409,7 @@ def goemotions(files: Files) -> Splits:
             if len(cells) != 3:
                 raise SourceError(f"{where}: {len(cells)} columns; there must be 3: text, labels, id.")
             if not all(x.isdecimal() for x in cells[1].split(",")):
-                raise SourceError(f"{where}, column labels: {cells[1]!r}; there must be numbers with commas between them.")
+                raise SourceError(f"{where}, column labels: {cells[1]!r}; expected ids separated by commas.")
             splits.setdefault(split, []).append({"text": cells[0], "labels": [int(x) for x in cells[1].split(",")]})
     return splits
 
@@ -419,7 +419,7 @@ def goemotions_groups(files: Files, numbered: list[str], groups: dict[str, list[
 
     Args:
         files: The files, by split.
-        numbered: The labels, in the order of their numbers.
+        numbered: The labels, in the order of their ids.
         groups: The labels of each group.
     """
     by_label = {label: group for group, members in groups.items() for label in members}

@@ -111,7 +111,7 @@ def class_names(data: Dataset, column: str) -> list[str]:
 
 
 def task_labels(task: TaskRecipe, data: Dataset) -> list[str]:
-    """Returns the label names of a task with a head, in the order of the head's numbers."""
+    """Returns the label names of a task with a head, in the order of the head's ids."""
     if task.labels is not None:
         return list(task.labels)
     if task.head.get("problem_type") == "regression":
@@ -120,7 +120,7 @@ def task_labels(task: TaskRecipe, data: Dataset) -> list[str]:
 
 
 def source_labels(task: TaskRecipe, data: Dataset, labels: list[str]) -> list[str]:
-    """Returns the data set's own label names in the order of its numbers: those of the recipe, those that it declares, or
+    """Returns the data set's own label names in the order of its ids: those of the recipe, those that it declares, or
     else the task's.
 
     Raises:

@@ -38,7 +38,7 @@ def is_frozen(model: MultiTaskModel, name: str, recipe: FreezingRecipe) -> bool:
     height = depth(model, name)
     if height is None:
         return False
-    if recipe.freeze == "encoder" or (recipe.first_layers and height <= recipe.first_layers):
+    if recipe.freeze == "encoder" or (recipe.num_frozen_layers and height <= recipe.num_frozen_layers):
         return True
     if recipe.freeze == "embeddings":
         return height == 0
@@ -50,7 +50,7 @@ def first_step(model: MultiTaskModel, name: str, recipe: FreezingRecipe, steps: 
     height = depth(model, name)
     if height is None:
         return 0
-    step = ceil(recipe.probe_ratio * steps)
+    step = ceil(recipe.linear_probe_ratio * steps)
     if recipe.gradual:  # the top layer first, the embeddings when half of the run is over
         layers = model.config.num_hidden_layers
         step += ceil((layers - height) / layers * max(0, steps / 2 - step))
@@ -102,14 +102,14 @@ def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> None:
     A frozen encoder has no dropout either: under a task branch, training sees the very vectors that inference sees.
 
     Raises:
-        RecipeError: It goes by layers, and this encoder has not so many, or names them in a way not known here.
+        RecipeError: It freezes by layers, and this encoder has too few of them, or names them in an unknown way.
     """
     layers = model.config.num_hidden_layers
-    if recipe.first_layers or recipe.gradual:
+    if recipe.num_frozen_layers or recipe.gradual:
         heights = {depth(model, name) for name, _ in model.named_parameters()}
-        if recipe.first_layers >= layers or not heights.issuperset(range(layers + 1)):
+        if recipe.num_frozen_layers >= layers or not heights.issuperset(range(layers + 1)):
             raise RecipeError(
-                f"freezing.first_layers is {recipe.first_layers} and freezing.gradual {recipe.gradual}; this encoder has "
+                f"freezing.num_frozen_layers is {recipe.num_frozen_layers} and freezing.gradual {recipe.gradual}; this encoder has "
                 f"{layers} layers, of which {sorted(x for x in heights if x)} were found by name. Leave out less"
             )
     for name, parameter in model.named_parameters():

@@ -48,7 +48,7 @@ def label_counts(spec: TaskSpec, labels: list[Any]) -> Tensor:
 
 
 def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
-    """Returns the numbers of the labels that a task's data set never marks."""
+    """Returns the ids of the labels that a task's data set never marks."""
     return [i for i, label in enumerate(labels) if (label[2:] if is_entities(task) else label) in task.unsaid]
 
 
@@ -174,7 +174,7 @@ class Objective:
         losses: The recipe's losses.
         loss_weights: The factor of each task's loss.
         weights: float [C] per class, for each task that has class weights.
-        prefix_dims: Lengths of the embedding's prefixes that the embedding tasks train too.
+        matryoshka_dims: Lengths of the embedding's prefixes that the embedding tasks train too.
     """
 
     def __init__(
@@ -183,10 +183,10 @@ class Objective:
         losses: LossesRecipe,
         loss_weights: LossWeights,
         weights: dict[str, Tensor],
-        prefix_dims: list[int],
+        matryoshka_dims: list[int],
     ) -> None:
         self.tasks = {name: x.tasks for name, x in streams.items()}
-        self.losses, self.loss_weights, self.weights, self.prefix_dims = losses, loss_weights, weights, prefix_dims
+        self.losses, self.loss_weights, self.weights, self.matryoshka_dims = losses, loss_weights, weights, matryoshka_dims
 
     def __call__(
         self, model: Any, specs: dict[str, TaskSpec], pooling_mode: str, batch: dict[str, Any]
@@ -219,7 +219,7 @@ class Objective:
     ) -> Tensor:
         if spec is None:
             # The encoder's own vector too: with a free projection alone it would have no reason to be good.
-            views = [pooled, out.sentence_embedding, *(out.sentence_embedding[:, :dim] for dim in self.prefix_dims)]
+            views = [pooled, out.sentence_embedding, *(out.sentence_embedding[:, :dim] for dim in self.matryoshka_dims)]
             return embedding_loss(task.kind, views, labels)
         weights = self.weights.get(name)
         return classification_loss(

@@ -1,4 +1,4 @@
-"""Recipes: one TOML file says all of a training run; `Recipe.read` checks it whole and reports everything wrong at once."""
+"""Recipes: one TOML file describes a training run; `Recipe.read` checks all of it and reports every problem at once."""
 
 import dataclasses
 import re
@@ -46,8 +46,8 @@ class ModelRecipe:
             continues from; left out: the branch starts as a copy of the encoder's layers, heads at random.
         num_task_layers: Layers of the task branch, see `MultiTaskConfig`. Above 0, the encoder and the projection are
             frozen: the tasks train the branch and the heads.
-        prefix_dims: Lengths of the embedding's prefixes that the embedding tasks train too (Kusupati et al. 2022,
-            Matryoshka representation learning).
+        matryoshka_dims: Prefix lengths of the embedding that embedding tasks train as well (Kusupati et al. 2022, Matryoshka
+            representation learning).
         encoder_dropout: Dropout inside the layers that train, in [0, 1); left out: the encoder's own. Frozen layers have none.
     """
 
@@ -58,7 +58,7 @@ class ModelRecipe:
     projection: str | None = None
     start: str | None = None
     num_task_layers: int = 0
-    prefix_dims: list[int] = field(default_factory=list)
+    matryoshka_dims: list[int] = field(default_factory=list)
     encoder_dropout: float | None = None
 
 
@@ -67,7 +67,7 @@ class DatasetRecipe:
     """One of several data sets of a task; the fields mean what they mean in `TaskRecipe`.
 
     Attributes:
-        source_labels: Label names in the order of the data set's numbers, if the data set does not declare them.
+        source_labels: Label names in the order of the data set's ids, if the data set does not declare them.
         mapping: The data set's label names (for entities: its types) to the task's; "" for rows that then have no label, or
             for types that are no entity. Left out: the names are the task's own. Where the column holds a list and the task
             one label, rows whose labels map to different ones have none.
@@ -95,9 +95,9 @@ class TaskRecipe:
     Attributes:
         datasets: Several data sets in place of one, by name; the task then gives its `labels`, and no `dataset`,
             `text_columns`, `label_column`, `folder`, `splits`, `limit`, `passage_rows` and `epochs` of its own. A data set
-            that several tasks name alike trains their heads together, from one pass over its texts.
-        rewrites: Shares of the training texts that are seen written otherwise, in "lower", "upper" or "title" case, or
-            "bare", without their final punctuation; drawn anew in each epoch.
+            that several tasks share trains their heads together, in one pass over its texts.
+        rewrites: Augmentation: shares of the training texts that are seen in "lower", "upper" or "title" case, or "bare",
+            without their final punctuation; sampled again in each epoch.
         kind: A head's kind, or what trains the embedding: "scored_pairs" (ranks pairs by their scores, CoSENT),
             "positive_pairs" or "triplets" (a text's partner among all partners of the batch).
         dataset: Hub id, with its subset after a colon, or folder.
@@ -105,17 +105,17 @@ class TaskRecipe:
         text_columns: The column of texts (or of tokens), or those of a pair or a triplet (anchor, positive, negative).
         label_column: The column of labels, tags or scores; none for positive pairs and triplets.
         splits: The data set's own names of the splits "train", "validation" and "test", where they differ.
-        labels: Label names in the order of the data set's numbers, if the data set does not declare them.
-        limit: Only so many rows of the train split are used, picked by the run's seed.
-        passage_rows: Token tasks: so many consecutive rows are also joined to one passage, so that the head learns from
-            longer texts as well.
+        labels: Label names in the order of the data set's ids, if the data set does not declare them.
+        limit: Maximum number of rows of the train split, sampled with the run's seed.
+        passage_rows: Token tasks: number of consecutive rows that are also joined into one passage, so that the head learns
+            from longer texts as well.
         batch_size: Texts (or pairs) in one batch.
-        epochs: How often each example is seen under sampling mode "epochs"; otherwise its part of the run's length.
+        epochs: How often each example is seen in sampling mode "epochs"; in other modes, the task's share of the run's length.
         loss_weight: Factor of this task's loss.
         class_weights: "none", "inverse_frequency" or "effective_number" (Cui et al. 2019).
         focal_gamma: Exponent of the focal loss (Lin et al. 2017); 0: cross-entropy.
         label_smoothing: Probability mass spread over all labels, in [0, 1).
-        metric: What the task is judged by in validation; left out: the usual one of its kind.
+        metric: The validation metric; left out: the usual one of the kind.
         head: Further fields of the head's `TaskSpec`.
     """
 
@@ -167,28 +167,27 @@ class SamplingRecipe:
             "annealed" from proportional to nearly uniform (Stickland and Murray 2019).
         temperature: Of the mode "temperature", at least 1; 1 is proportional.
         batches: Batches of the whole run; left out: as many as mode "epochs" has. Not for mode "epochs".
-        tasks_per_step: Batches, of whichever tasks come next, whose losses make one optimizer step.
-        seed: Decides on the order of tasks and rows alone; left out: `run.seed`. Runs that differ in it can be merged, see
-            `training.merge`.
+        gradient_accumulation_steps: Batches, of any tasks, per optimizer step.
+        seed: Seed of the order of tasks and rows alone; left out: `run.seed`.
     """
 
     mode: str = "epochs"
     temperature: float = 2.0
     batches: int | None = None
-    tasks_per_step: int = 1
+    gradient_accumulation_steps: int = 1
     seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossesRecipe:
-    """How the tasks' losses are weighed against each other, and how the embedding is kept.
+    """How the tasks' losses are weighted, and how the embedding is preserved.
 
     Attributes:
         weighting: "fixed" (each task's `loss_weight`), or besides it: "log_labels" (loss ÷ log of the number of labels,
             Aghajanyan et al. 2021), "uncertainty" (Kendall et al. 2018), or gradient surgery over the step's tasks,
             "pcgrad" (Yu et al. 2020) or "upgrad" (Quinton and Rey 2024), which needs torchjd.
         preserve_weight: Factor of the loss that holds every text's vectors to the teacher's.
-        preserve_mode: "cosine": the pooled vector, each by itself; "similarity": the similarities between the embeddings of
+        preserve_mode: "cosine": each pooled vector on its own; "similarity": the similarities between the embeddings of
             a batch; "both": the sum.
         teacher: Hub id or folder of the sentence transformer that is followed; left out: the starting encoder.
     """
@@ -206,19 +205,19 @@ class FreezingRecipe:
     Attributes:
         freeze: What never trains: "nothing", "word_embeddings", all "embeddings" or the whole "encoder", which is the only
             choice with `model.num_task_layers`. Left out: "encoder" there, else "nothing".
-        first_layers: So many of the lowest layers, and all embeddings, never train.
+        num_frozen_layers: Number of lowest layers that stay frozen, together with all embeddings.
         gradual: Whether layers start to train one after the other, from the top, over the first half of the run
             (Howard and Ruder 2018).
-        probe_ratio: Share of the run, in [0, 1), in which only heads and projection train (Kumar et al. 2022, linear
+        linear_probe_ratio: Share of the run, in [0, 1), in which only heads and projection train (Kumar et al. 2022, linear
             probe, then fine-tune).
         lora_rank: If above 0, the encoder trains through low-rank adapters of this rank (Hu et al. 2022), which are
             merged into its weights at the end.
     """
 
     freeze: str | None = None
-    first_layers: int = 0
+    num_frozen_layers: int = 0
     gradual: bool = False
-    probe_ratio: float = 0.0
+    linear_probe_ratio: float = 0.0
     lora_rank: int = 0
 
 
@@ -263,10 +262,10 @@ class RunRecipe:
         seed: Of heads, dropout, sampling and the order of batches.
         evaluations: How many times the validation splits are measured; the checkpoint with the best average is kept.
         validation_rows: Rows of each validation split that are measured then; left out: all.
-        patience: The run stops after so many evaluations without a better average; left out: it does not.
+        patience: Evaluations without a better average after which the run stops; left out: it runs to the end.
         calibrate: Whether each head's temperature is fitted on the validation split at the end.
         precision: "float32", "bfloat16" or "float16" (the latter two by autocast).
-        save_steps: A checkpoint is written every so many steps.
+        save_steps: Steps between checkpoints.
         report_to: Where losses and metrics are reported besides the log: "none", "tensorboard" or "trackio".
     """
 
@@ -305,7 +304,7 @@ class Recipe:
             overrides: Settings of the form "section.key=value", the value written as in TOML; a bare word is a string.
 
         Raises:
-            RecipeError: Keys are unknown, missing or of a wrong type or value, or the file is no TOML.
+            RecipeError: Keys are unknown, missing or of a wrong type or value, or the file is not TOML.
         """
         try:
             fields = tomllib.loads(Path(path).read_text("utf-8"))
@@ -371,14 +370,14 @@ def _override(fields: dict[str, Any], setting: str) -> None:
     for section in sections:
         fields = fields.setdefault(section, {})
         if not isinstance(fields, dict):
-            raise RecipeError(f"--set {setting}: {section} is no section")
+            raise RecipeError(f"--set {setting}: {section} is not a section")
     fields[key] = value
 
 
 def _build(kind: Any, value: Any, place: str, problems: list[str]) -> Any:
     """Returns `value` as an instance of the type `kind`, adding a line to `problems` for all that does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):  # in recipes: some type, or None
+    if origin in (typing.Union, types.UnionType):  # in recipes: a type, or None
         return value if value is None else _build(arguments[0], value, place, problems)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _build_dataclass(kind, value, place, problems)
@@ -395,10 +394,23 @@ def _build(kind: Any, value: Any, place: str, problems: list[str]) -> Any:
     return None
 
 
+# Keys of earlier releases, and what they are called now.
+_RENAMED = {
+    "prefix_dims": "matryoshka_dims",
+    "tasks_per_step": "gradient_accumulation_steps",
+    "first_layers": "num_frozen_layers",
+    "probe_ratio": "linear_probe_ratio",
+}
+
+
 def _build_dataclass(kind: Any, fields: dict[str, Any], place: str, problems: list[str]) -> Any:
     hints, known = typing.get_type_hints(kind), {x.name: x for x in dataclasses.fields(kind)}
     prefix = f"{place}." if place else ""
-    problems += [f"{prefix}{name} is unknown; known here: {', '.join(known)}" for name in fields if name not in known]
+    for name in fields:
+        if _RENAMED.get(name) in known:
+            problems.append(f"{prefix}{name} is now called {_RENAMED[name]}; rename it in the recipe")
+        elif name not in known:
+            problems.append(f"{prefix}{name} is unknown; known keys: {', '.join(known)}")
     for name, x in known.items():
         if name not in fields and x.default is dataclasses.MISSING and x.default_factory is dataclasses.MISSING:
             problems.append(f"{prefix}{name} is missing")
@@ -422,11 +434,11 @@ _RANGES = {
     "model.num_task_layers": (0, None),
     "sampling.temperature": (1, None),
     "sampling.batches": (1, None),
-    "sampling.tasks_per_step": (1, None),
+    "sampling.gradient_accumulation_steps": (1, None),
     "sampling.seed": (0, 2**32 - 1),
     "losses.preserve_weight": (0, None),
-    "freezing.first_layers": (0, None),
-    "freezing.probe_ratio": (0, 0.99),
+    "freezing.num_frozen_layers": (0, None),
+    "freezing.linear_probe_ratio": (0, 0.99),
     "freezing.lora_rank": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.head_learning_rate": (0, None),
@@ -518,7 +530,7 @@ def _dataset_problems(task: TaskRecipe, data: Path | None) -> list[str]:
 
 def _datasets_problems(task: TaskRecipe, data: Path | None) -> list[str]:
     single = ("dataset", "text_columns", "label_column", "folder", "splits", "source_labels", "mapping", "unsaid", "limit")
-    problems = [f"{key} stands beside datasets; give it for each of them" for key in single if getattr(task, key)]
+    problems = [f"{key} is given beside datasets; give it for each data set" for key in single if getattr(task, key)]
     if not task.has_head:
         problems.append(f"datasets is given; a {task.kind} task has a single data set")
     if task.labels is None and task.head.get("problem_type") != "regression":
@@ -590,30 +602,32 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
     sampling, freezing = recipe.sampling, recipe.freezing
     if sampling.mode == "epochs" and sampling.batches is not None:
-        problems.append(f"sampling.batches is {sampling.batches}; mode 'epochs' counts by the tasks' epochs")
-    if recipe.losses.weighting in GRADIENT_SURGERY and sampling.tasks_per_step < 2:
-        problems.append(f"losses.weighting is {recipe.losses.weighting!r}; it needs sampling.tasks_per_step of at least 2")
+        problems.append(f"sampling.batches is {sampling.batches}; in mode 'epochs' the tasks' epochs set the length")
+    if recipe.losses.weighting in GRADIENT_SURGERY and sampling.gradient_accumulation_steps < 2:
+        problems.append(
+            f"losses.weighting is {recipe.losses.weighting!r}; it needs sampling.gradient_accumulation_steps of at least 2"
+        )
     if recipe.run.patience is not None and not recipe.run.evaluations:
         problems.append("run.patience needs run.evaluations of at least 1")
     frozen = freezing.freeze == "encoder" and not recipe.model.num_task_layers
-    if frozen and (freezing.lora_rank or freezing.gradual or freezing.first_layers):
-        problems.append("freezing.freeze is 'encoder'; then lora_rank, gradual and first_layers have nothing to act on")
-    if freezing.lora_rank and (freezing.gradual or freezing.first_layers):
-        problems.append("freezing.lora_rank trains adapters alone; it goes with neither gradual nor first_layers")
+    if frozen and (freezing.lora_rank or freezing.gradual or freezing.num_frozen_layers):
+        problems.append("freezing.freeze is 'encoder'; lora_rank, gradual and num_frozen_layers then have no effect")
+    if freezing.lora_rank and (freezing.gradual or freezing.num_frozen_layers):
+        problems.append("freezing.lora_rank trains adapters alone; it cannot be combined with gradual or num_frozen_layers")
     for i, group in enumerate(recipe.optimizer.groups):
         problems += _range(f"optimizer.groups[{i}].learning_rate", group.learning_rate, 0, None)
         try:
             re.compile(group.pattern)
         except re.error as error:
-            problems.append(f"optimizer.groups[{i}].pattern is {group.pattern!r}, no regular expression: {error}")
+            problems.append(f"optimizer.groups[{i}].pattern is {group.pattern!r}, not a valid regular expression: {error}")
     problems += _branch_contradictions(recipe)
     wide = recipe.model.embedding_dim
     problems += [
-        f"model.prefix_dims holds {dim}; a prefix of the embedding has from 1 to {wide} numbers"
-        for dim in recipe.model.prefix_dims
+        f"model.matryoshka_dims holds {dim}; allowed: 1 to {wide} dimensions"
+        for dim in recipe.model.matryoshka_dims
         if dim < 1 or (wide is not None and dim > wide)
     ]
-    if wide is None and not recipe.model.num_task_layers and (freezing.freeze == "encoder" or freezing.probe_ratio):
+    if wide is None and not recipe.model.num_task_layers and (freezing.freeze == "encoder" or freezing.linear_probe_ratio):
         problems += [
             f"tasks.{name} trains the embedding alone, and the encoder is frozen; without model.embedding_dim nothing is left"
             for name, task in recipe.tasks.items()
@@ -623,7 +637,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
 
 
 def _branch_contradictions(recipe: Recipe) -> list[str]:
-    """Returns what does not go with a frozen encoder under a task branch."""
+    """Returns what conflicts with the frozen encoder of a model with a task branch."""
     if not recipe.model.num_task_layers:
         return []
     layers, freezing = f"model.num_task_layers is {recipe.model.num_task_layers}", recipe.freezing
@@ -632,7 +646,7 @@ def _branch_contradictions(recipe: Recipe) -> list[str]:
         for name, x in recipe.tasks.items()
         if not x.has_head
     ]
-    if freezing.freeze not in (None, "encoder") or freezing.first_layers:
+    if freezing.freeze not in (None, "encoder") or freezing.num_frozen_layers:
         problems.append(f"freezing.freeze is {freezing.freeze!r}; {layers}, which freezes the encoder whole: leave it out")
     if recipe.losses.preserve_weight:
         problems.append(f"losses.preserve_weight is {recipe.losses.preserve_weight}; {layers}: the embedding cannot move")

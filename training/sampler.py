@@ -63,7 +63,7 @@ def task_order(counts: dict[str, int], once: dict[str, int], sampling: SamplingR
     """
     names = list(counts)
     total = sampling.batches or sum(counts.values())
-    total = ceil(total / sampling.tasks_per_step) * sampling.tasks_per_step
+    total = ceil(total / sampling.gradient_accumulation_steps) * sampling.gradient_accumulation_steps
     if sampling.mode == "epochs":
         order = [name for name in names for _ in range(counts[name])]
         order = rng.sample(order, len(order))

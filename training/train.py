@@ -36,7 +36,7 @@ from transformers import (
 
 from configuration_multitask import MultiTaskConfig
 from evaluation.calibrate import calibrate
-from evaluation.evaluate import NEIGHBOURS, average, drift, embed, fingerprint, has_split, measure, surroundings
+from evaluation.evaluate import NEIGHBOURS, average, drift, embed, environment_info, fingerprint, has_split, measure
 from evaluation.plots import learning_curves
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
@@ -59,7 +59,7 @@ from training.trainer import COMPLETE, Clock, MultiTaskTrainer, TrainingError, n
 
 REHEARSED_ROWS = 100  # of each validation split
 DRIFT_TEXTS = 1000
-PROJECTION_TEXTS = 10_000  # so many texts are enough to find the principal axes of their vectors
+PROJECTION_TEXTS = 10_000  # enough to estimate the principal components of their vectors
 
 
 def load_streams(
@@ -171,8 +171,8 @@ def check_model(model: MultiTaskModel, recipe: Recipe) -> None:
     if model.max_length is not None and recipe.model.max_length > model.max_length:
         raise RecipeError(f"model.max_length is {recipe.model.max_length}; this encoder takes {model.max_length} tokens")
     width = recipe.model.embedding_dim or model.config.hidden_size
-    if too_long := [dim for dim in recipe.model.prefix_dims if dim > width]:
-        raise RecipeError(f"model.prefix_dims holds {too_long}; the embedding has {width} dimensions")
+    if too_long := [dim for dim in recipe.model.matryoshka_dims if dim > width]:
+        raise RecipeError(f"model.matryoshka_dims holds {too_long}; the embedding has {width} dimensions")
 
 
 def principal_components(vectors: Tensor, count: int) -> Tensor:
@@ -242,10 +242,10 @@ def new_objective(recipe: Recipe, model: MultiTaskModel, streams: dict[str, Stre
     loss_weights = LossWeights(
         recipe.tasks, recipe.losses.weighting, {name: len(spec.labels) for name, spec in specs.items()}
     )
-    return Objective(streams, recipe.losses, loss_weights, weights, recipe.model.prefix_dims)
+    return Objective(streams, recipe.losses, loss_weights, weights, recipe.model.matryoshka_dims)
 
 
-def rehearse(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+def preflight(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     """Reads the validation splits and measures the untrained model on a part of them.
 
     So what is wrong with them, or with measuring, is known before the work starts.
@@ -291,7 +291,7 @@ def validation_texts(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(" ".join(x) if isinstance(x, list) else x for x in texts))
 
 
-def the_one(items: list[dict[str, Any]]) -> dict[str, Any]:
+def unwrap_batch(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the only item of a list: an item of a `BatchPlan` is a whole batch."""
     (item,) = items
     return item
@@ -310,7 +310,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
     check_model(model, recipe)
     seed = recipe.run.seed if recipe.sampling.seed is None else recipe.sampling.seed
     batches = BatchPlan(streams, recipe.sampling, tokenizer.pad_token_id, seed)
-    args = training_arguments(output, recipe, len(batches) // recipe.sampling.tasks_per_step)
+    args = training_arguments(output, recipe, len(batches) // recipe.sampling.gradient_accumulation_steps)
     encoder.to(args.device)
     if model.linear is not None:
         start_projection(model, encoder, recipe, streams, tokenizer.pad_token_id)
@@ -327,7 +327,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         args=args,
         train_dataset=batches,
         eval_dataset=batches if recipe.run.evaluations else None,  # asked for by the Trainer; the evaluator reads its own
-        data_collator=the_one,
+        data_collator=unwrap_batch,
         processing_class=tokenizer,
         optimizers=(new_optimizer(model, recipe.optimizer, objective.loss_weights), None),
         callbacks=callbacks,
@@ -349,7 +349,7 @@ def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
     path = output / "recipe.json"
     if not path.exists():
         if resume:
-            raise RecipeError(f"{output} holds no run that could be resumed; leave --resume out, or mend --output")
+            raise RecipeError(f"{output} holds no run to resume; drop --resume, or correct --output")
         return None
     if not resume:
         raise RecipeError(f"{output} holds a run already; continue it with --resume, or give another --output")
@@ -416,15 +416,15 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
     if tokenizer.pad_token_id is None:
         raise RecipeError(
-            f"the tokenizer of {recipe.model.encoder} has no padding token; set its pad_token and save it anew"
+            f"the tokenizer of {recipe.model.encoder} has no padding token; set its pad_token and save it again"
         )
     trainer, facts = new_trainer(recipe, output, tokenizer)
-    rehearse(trainer.model, tokenizer, recipe)
+    preflight(trainer.model, tokenizer, recipe)
     if checkpoint is not None:
         check_same_data(output, facts)
     if trainer.is_world_process_zero():
         write_json(output / "recipe.json", as_json(recipe))
-        write_json(output / "run.json", {"command": sys.argv, **sizes(trainer.model), "data": facts, **surroundings()})
+        write_json(output / "run.json", {"command": sys.argv, **sizes(trainer.model), "data": facts, **environment_info()})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.is_world_process_zero():
         finish(trainer, recipe, output, tokenizer)
@@ -461,7 +461,7 @@ def finish(trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: P
     print(f"{output}/final holds the trained model; {measured}")
 
 
-def leave() -> None:
+def exit_worker() -> None:
     """Ends one of several processes, all of its work being done, without taking its threads down one by one.
 
     Those of torch.distributed (gloo) now and then abort a process on its way out, and torchrun then reports a failure.
@@ -489,7 +489,7 @@ def main() -> None:
         recipe = Recipe.read(args.recipe, args.data, args.encoder, args.set)
         train(recipe.only(*args.only) if args.only else recipe, args.output, args.resume)
         if torch.distributed.is_initialized():
-            leave()
+            exit_worker()
     except (RecipeError, DataError, TrainingError, OSError) as error:
         sys.exit(str(error))
 

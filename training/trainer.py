@@ -228,9 +228,9 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
     """
     run, sampling = recipe.run, recipe.sampling
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if sampling.tasks_per_step % processes:
+    if sampling.gradient_accumulation_steps % processes:
         raise RecipeError(
-            f"sampling.tasks_per_step is {sampling.tasks_per_step}; the batches of a step must divide among {processes} "
+            f"sampling.gradient_accumulation_steps is {sampling.gradient_accumulation_steps}; the batches of a step must divide among {processes} "
             "processes: make it a multiple"
         )
     if processes > 1 and recipe.losses.weighting not in ("fixed", "log_labels"):
@@ -241,7 +241,7 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
     args = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=1,  # one item of the plan is a whole batch
-        gradient_accumulation_steps=sampling.tasks_per_step // processes,
+        gradient_accumulation_steps=sampling.gradient_accumulation_steps // processes,
         train_sampling_strategy="sequential",  # the plan is shuffled
         num_train_epochs=1,
         lr_scheduler_type=run_schedule(recipe),
