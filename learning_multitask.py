@@ -280,7 +280,7 @@ def read_pooled(annotator: Any, name: str, texts: list[str], progress: bool, wid
 
 def _probe(model: Any, spec: TaskSpec) -> nn.Module:
     """Returns a head that gives what a head of this spec reads in place of logits."""
-    probe = model._new_head(spec)
+    probe = model.new_head(spec)
     probe.casing, probe.dense, probe.classifier = None, None, nn.Identity()
     return probe.eval()
 
@@ -403,7 +403,7 @@ def _learn_texts(model: Any, name: str, examples: Examples, found: np.ndarray, s
     if kind == LABELS and len(logits):
         fields["thresholds"] = thresholds_of(logits.sigmoid().numpy(), truth.numpy())
     model.config.set_tasks({**model.config.tasks, name: {**model.config.tasks[name], **fields}})
-    head = model._new_head(model.config.task_specs[name])
+    head = model.new_head(model.config.task_specs[name])
     weight, bias = linear.folded
     head.classifier.load_state_dict({"weight": weight * spread, "bias": bias * spread + center})
     model.heads[name] = head.to(device=model.device, dtype=model.dtype).train(model.training)
@@ -520,7 +520,7 @@ def _learn_words(
     report: Report = {"metric": "entity_f1", "score": None, "held_out": int(out.sum()), "epochs": total}
     torch.manual_seed(seed)
     if parts[False] and parts[True]:
-        head, best, logits = model._new_head(model.config.task_specs[name]), math.inf, None
+        head, best, logits = model.new_head(model.config.task_specs[name]), math.inf, None
         truth = torch.cat([ids for _, _, ids in parts[True]])
         for epoch in train_words(head, parts[False], total, total, progress):
             with torch.no_grad():
@@ -533,7 +533,7 @@ def _learn_words(
         report |= _score_held_out(annotator, name, examples, found, rows, parts[True], logits)
         model.config.set_tasks({**model.config.tasks, name: {**model.config.tasks[name], "temperature": temperature}})
     torch.manual_seed(seed)
-    head = model._new_head(model.config.task_specs[name])
+    head = model.new_head(model.config.task_specs[name])
     for _ in train_words(head, parts[False] + parts[True], total, report["epochs"], progress):
         pass
     model.heads[name] = head.to(device=model.device, dtype=model.dtype).train(model.training)

@@ -279,10 +279,11 @@ class MultiTaskModel(PreTrainedModel):
                 _with_layers(encoder, path, self.task_branch.layers),
             )
             self._views[1].embeddings = _HiddenAsEmbeddings()
-        self.heads = nn.ModuleDict({name: self._new_head(spec) for name, spec in config.task_specs.items()})
+        self.heads = nn.ModuleDict({name: self.new_head(spec) for name, spec in config.task_specs.items()})
         self.post_init()
 
-    def _new_head(self, spec: TaskSpec) -> TaskHead:
+    def new_head(self, spec: TaskSpec) -> TaskHead:
+        """Returns an untrained head for this encoder; the model keeps it only as `add_task` does."""
         return TaskHead(spec, self.config.hidden_size)
 
     def _head(self, name: str) -> TaskHead:
@@ -445,7 +446,7 @@ class MultiTaskModel(PreTrainedModel):
         if name in self.heads:
             raise ValueError(f"tasks has {name!r} already; remove_task({name!r}) first, or choose another name.")
         self.config.set_tasks({**self.config.tasks, name: spec})
-        head = self._new_head(self.config.task_specs[name])
+        head = self.new_head(self.config.task_specs[name])
         for module in head.modules():
             self._init_weights(module)
         self.heads[name] = head.to(device=self.device, dtype=self.dtype).train(self.training)

@@ -17,8 +17,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.run import positive, write_result
+from common.files import ROOT
 from configuration_multitask import MultiTaskConfig
-from evaluation.evaluate import ROOT
 from modeling_multitask import MultiTaskModel
 from release.export import export
 

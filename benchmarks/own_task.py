@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from common.files import ROOT
 from training.add_task import load, read_file
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(5)
 Rows = tuple[list[str], list[str]]
 

@@ -23,9 +23,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 
 from benchmarks.rivals import SPACY, Finder, load_rivals
-from evaluation.evaluate import ROOT, environment_info
+from common.data import load_split
+from common.files import ROOT, environment_info
 from pipeline_multitask import CPU_BATCH_TOKENS, ONNX_FILES, length_batches, pad_windows
-from training.data import load_split
 
 
 class Ratio(NamedTuple):

@@ -16,12 +16,12 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from common.data import DataError, has_split, load_task_split
+from common.recipe import Recipe, RecipeError
 from configuration_multitask import PROBLEM_TYPES
-from evaluation.evaluate import DEFAULT_RECIPE, check_splits, has_split, predict
+from evaluation.evaluate import DEFAULT_RECIPE, check_splits, predict
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-from training.data import DataError, load_task_split
-from training.recipe import Recipe, RecipeError
 
 BOUNDS = (0.05, 20.0)
 THRESHOLDS = np.round(np.arange(0.05, 0.91, 0.01), 2)

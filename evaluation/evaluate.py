@@ -6,15 +6,11 @@ Everything is measured on what a user gets: the records of the multitask pipelin
 
 import argparse
 import dataclasses
-import hashlib
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,27 @@ from datasets import Dataset
 from scipy.special import softmax
 from transformers import AutoModel, pipeline
 
+from common.data import (
+    DataError,
+    encode,
+    fingerprint,
+    fold_unsaid,
+    has_split,
+    hash_columns,
+    load_split,
+    load_task_split,
+    make_examples,
+    public_name,
+    rewrite,
+    rewrite_tokens,
+    tagged_rows,
+    task_labels,
+    token_spans,
+    unsaid_labels,
+    word_tags,
+)
+from common.files import ROOT, environment_info
+from common.recipe import POSITIVE_PAIRS, REWRITES, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
 from configuration_multitask import PROBLEM_TYPES, TOKEN, TaskSpec
 from evaluation.metrics import (
     Intervals,
@@ -44,7 +61,6 @@ from evaluation.metrics import (
     regression_intervals,
     regression_metrics,
     similarity_metrics,
-    token_spans,
 )
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import (
@@ -55,27 +71,10 @@ from pipeline_multitask import (
     merge_words,
     text_chunks,
 )
-from training.data import (
-    DataError,
-    encode,
-    load_split,
-    load_task_split,
-    make_examples,
-    rewrite,
-    rewrite_tokens,
-    split_names,
-    tagged_rows,
-    task_labels,
-    word_tags,
-)
-from training.objectives import fold_unsaid, unsaid_labels
-from training.recipe import POSITIVE_PAIRS, REWRITES, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
 
-ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
 NEIGHBOURS = 10
 RANKED_ROWS = 1000  # positive pairs: each anchor is ranked against the partners of this many rows
-LIBRARIES = ("torch", "transformers", "sentence-transformers", "datasets", "seqeval", "scikit-learn")
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES
 LESS_IS_BETTER = ("mean_absolute_error", "calibration_error")
 
@@ -387,51 +386,16 @@ def measure_drift(pipe: Any, dataset: str, split: str, column: str, reference: s
     data = load_split(dataset, split, [column])
     texts = [" ".join(text) if isinstance(text, list) else text for text in data[column]]
     metrics, ranges = drift(texts, embed(pipe, texts, [], reference), intervals)
-    facts = {"dataset": public_name(dataset), "split": split, "rows": len(data), "sha256": _hash_columns(data, [column])}
+    facts = {"dataset": public_name(dataset), "split": split, "rows": len(data), "sha256": hash_columns(data, [column])}
     return {**facts, "metrics": metrics, "intervals": ranges}
 
 
 # Data, and the command line
 
 
-def public_name(dataset: str) -> str:
-    """Returns a Hub id as it is, and of a folder or file its name alone: where it lies on this machine is of no use."""
-    return Path(dataset).name if Path(dataset).exists() else dataset
-
-
-def has_split(task: TaskRecipe, split: str) -> bool:
-    """Returns whether a task's data set has the split ("train", "validation" or "test"); an empty name in `splits`: it has not."""
-    known, name = split_names(task.dataset), task.splits.get(split, split)
-    if split in task.splits and name and name not in known:
-        raise DataError(f"{task.dataset}: splits.{split} is {name!r}; it has {', '.join(known)}.")
-    return name in known
-
-
 def _first_rows(task: TaskRecipe, data: Dataset, limit: int | None) -> Dataset:
     limits = [len(data), limit, RANKED_ROWS if task.kind == POSITIVE_PAIRS else None]
     return data.select(range(min(x for x in limits if x is not None)))
-
-
-def fingerprint(task: TaskRecipe, data: Dataset) -> str:
-    """Returns a hash of the columns that a task reads, the same wherever the data set was loaded from."""
-    return _hash_columns(data, [*task.text_columns, *([] if task.label_column is None else [task.label_column])])
-
-
-def _hash_columns(data: Dataset, columns: list[str]) -> str:
-    digest = hashlib.sha256()
-    for column in columns:
-        digest.update(json.dumps([round(x, 6) if isinstance(x, float) else x for x in data[column]]).encode())
-    return digest.hexdigest()
-
-
-def environment_info() -> dict[str, Any]:
-    """Returns what a result depends on besides its recipe: revision, libraries, machine."""
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
-    return {
-        "revision": revision.stdout.strip(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
-    }
 
 
 def check_splits(recipe: Recipe, split: str, neighbours: list[str] | None) -> None:

@@ -152,15 +152,6 @@ def entity_intervals(truth: list[list[str]], predicted: list[list[str]]) -> Inte
     return bootstrap_sums(counts, scores)
 
 
-def token_spans(tokens: list[str]) -> list[tuple[int, int]]:
-    """Returns the character span of each token in `" ".join(tokens)`."""
-    spans, start = [], 0
-    for token in tokens:
-        spans.append((start, start + len(token)))
-        start += len(token) + 1
-    return spans
-
-
 def entities_to_tags(spans: list[tuple[int, int]], entities: list[dict]) -> list[str]:
     """Returns the BIO tag of each data set token, given its character span and the entities found in the text.
 

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
-from training.recipe import Recipe
+from common.recipe import Recipe
 from training.train import new_trainer
 from training.trainer import MultiTaskTrainer
 

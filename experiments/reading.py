@@ -16,11 +16,12 @@ from unittest import mock
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from evaluation.evaluate import ROOT, environment_info, fingerprint, measure_head, predict
+from common.data import fingerprint, load_task_split
+from common.files import ROOT, environment_info
+from common.recipe import Recipe, TaskRecipe
+from evaluation.evaluate import measure_head, predict
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import BioScheme, MultiTaskPipeline
-from training.data import load_task_split
-from training.recipe import Recipe, TaskRecipe
 
 TASK = "ner"
 PASSAGES = (3, 5, 10)

@@ -19,9 +19,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
+from common.files import ROOT
 from evaluation.plots import COLOURS
 from experiments.run import GRID, RESULTS
-from release.card import ROOT, fill
+from release.card import fill
 
 # Readable on white and on black.
 GRAY = "#888888"

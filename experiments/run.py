@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from evaluation.evaluate import ROOT, average, environment_info, measure, measure_drift
+from common.data import DataError
+from common.files import ROOT, environment_info
+from common.recipe import Recipe, RecipeError
+from evaluation.evaluate import average, measure, measure_drift
 from experiments.conflicts import gradient_conflicts
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-from training.data import DataError
-from training.recipe import Recipe, RecipeError
 from training.train import train
 
 GRID = ROOT / "experiments/grid.toml"

@@ -9,15 +9,15 @@ import argparse
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from training.sources import data_table, read_sources
+from common.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 _METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _MARKER = "<!-- results -->"
 
@@ -38,6 +38,20 @@ def can_render(folder: Path) -> bool:
     """Returns whether a folder has what its card is rendered from: README.md with its marker, and the results."""
     paths = [folder / "results/tasks.json", folder / "results/release.json", folder / "README.md"]
     return all(path.is_file() for path in paths) and _MARKER in paths[-1].read_text("utf-8")
+
+
+def data_table(path: Path = ROOT / "training/sources.toml") -> str:
+    """Returns the Markdown table of the listed data sets: name and link, license, rows, and what each is used for."""
+    lines = ["| data | license | rows: train / validation / test | used here |", "|---|---|---|---|"]
+    for source in tomllib.loads(path.read_text("utf-8")).values():
+        counts = " / ".join(
+            f"{source['rows'][x]:,}" if x in source["rows"] else "–" for x in ("train", "validation", "test")
+        )
+        allowed = "" if source["commercial"] else " (research only)"
+        lines.append(
+            f"| [{source['title']}]({source['link']}) | {source['license']}{allowed} | {counts} | {source['use']} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def metadata(
@@ -251,7 +265,7 @@ def render_card(card: str, folder: Path = ROOT) -> str:
         if (folder / f"results/{name}.json").exists():
             text = fill(text, name, render(read(name, folder)))
     if "<!-- data -->" in text:
-        text = fill(text, "data", data_table(read_sources()))
+        text = fill(text, "data", data_table())
     training = read("training", folder) if (folder / "results/training.json").exists() else None
     return metadata(card, folder.resolve().name, results, described, training) + text
 

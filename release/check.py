@@ -19,11 +19,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from common.files import ROOT
 from configuration_multitask import AUTO_MAP, CUSTOM_PIPELINES, WEIGHTS_INDEX, MultiTaskConfig
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from release import golden
-from release.export import CODE_FILES, ENCODER_FILE, ROOT, TOKENIZER_FILES, release_key, sentence_transformers_files
+from release.export import CODE_FILES, ENCODER_FILE, TOKENIZER_FILES, release_key, sentence_transformers_files
 from weights_multitask import WeightsError, file_problems, read_index, sha256
 
 _PICKLES = {

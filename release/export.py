@@ -26,12 +26,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from common.files import ROOT
 from configuration_multitask import POOLING_MODES, WEIGHTS_INDEX, MultiTaskConfig
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
 from weights_multitask import MODEL_PARTS, WeightsError, sha256
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE_FILES = (
     "configuration_multitask.py", "weights_multitask.py", "modeling_multitask.py", "pipeline_multitask.py", "learning_multitask.py",
     "handler.py",

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, pipeline
 
+from common.files import ROOT
 from configuration_multitask import TaskSpec
 from modeling_multitask import MultiTaskModel, WeightsError
 from pipeline_multitask import (
@@ -42,11 +43,10 @@ from pipeline_multitask import (
     onnx_part,
     pad_windows,
 )
-from release.export import ROOT
 from weights_multitask import sha256
 
 if TYPE_CHECKING:  # training and evaluation need more packages than the export
-    from training.recipe import Recipe
+    from common.recipe import Recipe
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
@@ -254,8 +254,7 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
 
 def validation_texts(recipe: "Recipe") -> list[str]:
     """Returns the first texts of each column of texts of the recipe's validation splits."""
-    from evaluation.evaluate import has_split
-    from training.data import load_task_split
+    from common.data import has_split, load_task_split
 
     texts = []
     for task in recipe.parts.values():
@@ -307,7 +306,7 @@ def main() -> None:
     output, texts = args.output or Path(args.repo), list(SENTENCES)
     try:
         if args.data:
-            from training.recipe import Recipe
+            from common.recipe import Recipe
 
             recipe = Recipe.read(args.recipe, args.data)
             texts += validation_texts(recipe)
@@ -319,7 +318,7 @@ def main() -> None:
         sys.exit(str(error))
     print(json.dumps(result, indent=2))
     if args.data:
-        from evaluation.evaluate import environment_info
+        from common.files import environment_info
 
         other = "" if args.recipe.resolve() == DEFAULT_RECIPE else f" --recipe {args.recipe.name}"
         result = {"command": f"python -m release.onnx MODEL --data DATA{other}", **result, **environment_info()}

@@ -30,12 +30,12 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers import pipeline
 from transformers.utils import logging
 
+from common.files import ROOT
 from configuration_multitask import WEIGHTS_INDEX
 from pipeline_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
 from release import golden, ways
 from release.card import can_render, render_card
 from release.check import check, git_files
-from release.export import ROOT
 
 # Of a folder that is no git checkout, these are published; other files may be data, checkpoints or credentials.
 _RELEASE_FILES = (

@@ -10,11 +10,11 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from common.recipe import Recipe, RecipeError
 from modeling_multitask import MultiTaskModel
 from release.export import export
 from tests.conftest import TEXTS, tiny_model, tiny_tokenizer
 from training import add_task
-from training.recipe import Recipe, RecipeError
 
 TASKS = {"sentiment": {"kind": "sequence_classification", "labels": ["negative", "neutral", "positive"]}}
 CITIES = [f"{'paris' if i % 2 else 'love'} {'store ' * (i // 2 % 3)}{i // 2}" for i in range(40)]

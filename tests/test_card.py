@@ -137,3 +137,10 @@ def test_what_the_embedding_keeps_at_each_dimension(folder):
     with (folder / "README.md").open("a") as file:
         file.write("<!-- projection -->\n<!-- /projection -->\n")
     assert "| STS-B, Spearman | 0.384 | 0.256 | 0.128 | 0.064 |\n" in render(folder)
+
+
+def test_the_data_table_says_what_may_be_used_commercially():
+    lines = card.data_table().splitlines()
+    vader = "| [VADER's rated texts](https://github.com/cjhutto/vaderSentiment) | MIT | 10,817 / 814 / 2,303 |"
+    assert any(line.startswith(vader) for line in lines)
+    assert any("TweetEval" in line and "(research only)" in line for line in lines)

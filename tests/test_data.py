@@ -6,12 +6,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configuration_multitask import CASINGS
-from evaluation.metrics import token_spans
-from modeling_multitask import IGNORE_INDEX
-from pipeline_multitask import Window, find_words
-from tests.conftest import WINDOW, tiny_tokenizer
-from training.data import (
+from common.data import (
     class_names,
     cut_texts,
     hub_source,
@@ -22,9 +17,14 @@ from training.data import (
     rewrite,
     rewritten,
     task_labels,
+    token_spans,
     word_tags,
 )
-from training.recipe import TaskRecipe
+from common.recipe import TaskRecipe
+from configuration_multitask import CASINGS
+from modeling_multitask import IGNORE_INDEX
+from pipeline_multitask import Window, find_words
+from tests.conftest import WINDOW, tiny_tokenizer
 from training.train import principal_components
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]

@@ -14,11 +14,12 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
 from transformers import AutoTokenizer
 
+from common.data import has_split, token_spans
+from common.recipe import Recipe, TaskRecipe
 from evaluation import calibrate, evaluate, metrics, plots
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from tests.conftest import TASKS, tiny_model, tiny_tokenizer
-from training.recipe import Recipe, TaskRecipe
 
 STRICT = {"mode": "strict", "scheme": IOB2, "zero_division": 0}
 
@@ -73,7 +74,7 @@ def test_partners_and_neighbours_by_hand():
 
 
 def test_words_get_the_tag_of_their_token():
-    spans = metrics.token_spans(["U.S.", "in", "Rome", "?"])
+    spans = token_spans(["U.S.", "in", "Rome", "?"])
     words = [(0, 1), (1, 2), (2, 3), (3, 4), (5, 7), (8, 12), (13, 14)]
     tags = evaluate.word_tags(words, spans, ["B-LOC", "O", "B-LOC", None])
     assert tags == ["B-LOC", "I-LOC", "I-LOC", "I-LOC", "O", "B-LOC", None]
@@ -124,8 +125,8 @@ def test_main_metrics_and_their_average():
 def test_splits_and_rows_that_are_measured(tmp_path, monkeypatch):
     (tmp_path / "one.csv").write_text("x,y\na,b\n")
     file = {"kind": "positive_pairs", "dataset": str(tmp_path / "one.csv"), "text_columns": ["x", "y"]}
-    assert evaluate.has_split(TaskRecipe(**file), "train") and not evaluate.has_split(TaskRecipe(**file), "validation")
-    assert evaluate.has_split(TaskRecipe(**file, splits={"validation": "train"}), "validation")
+    assert has_split(TaskRecipe(**file), "train") and not has_split(TaskRecipe(**file), "validation")
+    assert has_split(TaskRecipe(**file, splits={"validation": "train"}), "validation")
     monkeypatch.setattr(evaluate, "RANKED_ROWS", 4)
     rows = Dataset.from_dict({"x": list("abcdef")})
     counts = {(kind, limit): len(evaluate._first_rows(task(kind), rows, limit))

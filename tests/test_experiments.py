@@ -10,13 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 
+from common.recipe import Recipe, RecipeError
 from experiments import report, run
 from experiments.conflicts import GradientProbe
 from experiments.reading import each_word_by_itself, joined
 from pipeline_multitask import BioScheme
 from tests.conftest import ROOT, tiny_tokenizer
 from tests.test_training import Workshop, same
-from training.recipe import Recipe, RecipeError
 from training.train import new_trainer
 from training.trainer import MultiTaskTrainer
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from common.recipe import FreezingRecipe, GroupRecipe, OptimizerRecipe, RecipeError
 from tests.conftest import tiny_model
 from training.freezing import depth, first_step, freeze, is_frozen, learning_rate, merge_adapters, new_optimizer
-from training.recipe import FreezingRecipe, GroupRecipe, OptimizerRecipe, RecipeError
 
 FAMILIES = ("bert", "roberta", "distilbert", "modernbert", "xlm-roberta")
 

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from common.recipe import Recipe, RecipeError
 from configuration_multitask import WEIGHTS_INDEX
 from modeling_multitask import MultiTaskModel, WeightsError
 from release.check import check
 from tests.conftest import ROOT
-from training.recipe import Recipe, RecipeError
 
 CONFIG, HEADS = "config.json", "heads/model.safetensors"
 WEIGHTS = ("model.safetensors", "2_Dense/model.safetensors", HEADS)

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.data import unsaid_labels
+from common.recipe import TaskRecipe
 from configuration_multitask import TaskSpec
 from modeling_multitask import IGNORE_INDEX, task_loss
 from training.objectives import (
@@ -17,9 +19,7 @@ from training.objectives import (
     embedding_loss,
     label_counts,
     preserve_loss,
-    unsaid_labels,
 )
-from training.recipe import TaskRecipe
 
 SINGLE = TaskSpec(kind="sequence_classification", labels=["a", "b"])
 MULTI = TaskSpec(kind="sequence_classification", labels=["a", "b"], problem_type="multi_label_classification")

@@ -15,6 +15,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 
+from common.recipe import Recipe  # noqa: E402
 from modeling_multitask import MultiTaskModel  # noqa: E402
 from pipeline_multitask import (  # noqa: E402
     CPU_BATCH_TOKENS,
@@ -27,7 +28,6 @@ from pipeline_multitask import (  # noqa: E402
 )
 from release import onnx as release_onnx  # noqa: E402
 from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, tiny_model, tiny_tokenizer, write_release  # noqa: E402
-from training.recipe import Recipe  # noqa: E402
 
 CASED = {"kind": "token_classification", "labels": ["O", "B-ORG", "I-ORG"], "casing_dim": 4}
 # Its random logits would reach ten and be rounded in proportion; the temperature brings them to the size of the others.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from common.recipe import Recipe, RecipeError
 from tests.conftest import ROOT
-from training.recipe import Recipe, RecipeError
 
 RECIPE = """
 [model]

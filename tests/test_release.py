@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, pipeline
 
+from common.data import token_spans
 from configuration_multitask import WEIGHTS_INDEX
 from evaluation.metrics import (
     classification_metrics,
@@ -21,7 +22,6 @@ from evaluation.metrics import (
     entity_metrics,
     neighbours_kept,
     similarity_metrics,
-    token_spans,
 )
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import group_scores

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from training.recipe import SamplingRecipe, TaskRecipe
+from common.recipe import SamplingRecipe, TaskRecipe
 from training.sampler import BatchPlan, Stream, passes, probabilities, task_order
 
 

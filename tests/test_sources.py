@@ -17,7 +17,7 @@ from datasets import Dataset, load_dataset
 
 from training import sources
 from training.converters import CONVERTERS, SourceError, row_key
-from training.sources import Source, build, data_table, differences, fetch, fingerprint, read_folder, read_sources
+from training.sources import Source, build, differences, fetch, fingerprint, read_folder, read_sources
 
 LISTED = read_sources()
 
@@ -488,11 +488,3 @@ def test_a_wrong_list_is_refused_with_everything_that_is_wrong(tmp_path):
     (tmp_path / "list.toml").write_text("[a")
     with pytest.raises(SourceError, match="list.toml"):
         read_sources(tmp_path / "list.toml")
-
-
-def test_the_data_table_says_what_may_be_used_commercially():
-    lines = data_table({name: LISTED[name] for name in ("vader_sentiment", "tweet_sentiment")}).splitlines()
-    assert lines[2].startswith(
-        "| [VADER's rated texts](https://github.com/cjhutto/vaderSentiment) | MIT | 10,817 / 814 / 2,303 |"
-    )
-    assert "(research only)" in lines[3] and len(lines) == 4

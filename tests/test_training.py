@@ -13,11 +13,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoTokenizer, BertModel
 
+from common.recipe import Recipe, RecipeError
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from tests.conftest import ROOT, tiny_config, tiny_tokenizer
 from training import train
-from training.recipe import Recipe, RecipeError
 from training.trainer import COMPLETE, GradientSurgery, TrainingError, newest_checkpoint
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]

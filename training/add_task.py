@@ -26,12 +26,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from common.recipe import Recipe, RecipeError, TaskRecipe
 from configuration_multitask import SEQUENCE, TOKEN, WEIGHTS_INDEX
 from learning_multitask import Report, measure_task
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from release.export import ENCODER_FILE, HEADS_FILE, export
-from training.recipe import Recipe, RecipeError, TaskRecipe
 from weights_multitask import WeightsError
 
 Rows = tuple[list[Any], list[Any]]  # texts and their labels
@@ -108,7 +108,7 @@ def _labels(values: list[Any]) -> list[Any]:
 
 def read_split(task: TaskRecipe, split: str, seed: int) -> tuple[Rows, list[str]]:
     """Returns the texts and labels of a split of a recipe's task, by name, and the task's labels."""
-    from training.data import class_names, label_reader, load_task_split, tagged_rows, task_labels
+    from common.data import class_names, label_reader, load_task_split, tagged_rows, task_labels
 
     texts: list[str] = []
     found: list[Any] = []
@@ -222,7 +222,7 @@ def load(source: Path) -> MultiTaskPipeline:
 
 def add_recipe_task(pipe: MultiTaskPipeline, recipe: Recipe) -> Report:
     """Adds a recipe's one task to a pipeline's model and returns the report, with `test` if there is another split."""
-    from evaluation.evaluate import has_split
+    from common.data import has_split
 
     name, task = new_task(recipe)
     head = {key: x for key, x in task.head.items() if key != "problem_type"}

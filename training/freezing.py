@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from common.recipe import FreezingRecipe, OptimizerRecipe, RecipeError
 from modeling_multitask import MultiTaskModel
-from training.recipe import FreezingRecipe, OptimizerRecipe, RecipeError
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MultipleNegativesRankingLoss
 from torch import Tensor, nn
 
+from common.data import fold_unsaid, unsaid_labels
+from common.recipe import EMBEDDING_KINDS, SCORED_PAIRS, LossesRecipe, TaskRecipe
 from configuration_multitask import TaskSpec
 from modeling_multitask import IGNORE_INDEX, MultiTaskOutput, pool, task_loss
-from training.recipe import EMBEDDING_KINDS, SCORED_PAIRS, LossesRecipe, TaskRecipe, is_entities
 from training.sampler import Stream
 
 CASING_DROPOUT = 0.15  # share of texts whose casing is hidden in training, so that the value "unknown" is learned
@@ -45,30 +46,6 @@ def label_counts(spec: TaskSpec, labels: list[Any]) -> Tensor:
     if spec.problem_type == "multi_label_classification":
         return flat.view(-1, len(spec.labels)).clamp(min=0).sum(dim=0)
     return torch.bincount(flat[flat != IGNORE_INDEX].long(), minlength=len(spec.labels)).float()
-
-
-def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
-    """Returns the ids of the labels that a task's data set never marks."""
-    return [i for i, label in enumerate(labels) if (label[2:] if is_entities(task) else label) in task.unsaid]
-
-
-def fold_unsaid(logits: Tensor, unsaid: list[int], outside: int | None) -> Tensor:
-    """Returns logits, float [..., C], that leave no probability to labels which a data set never marks.
-
-    For entities, where an "O" may hide one of them, their probability counts as that of "O"; elsewhere it is left out.
-
-    Args:
-        logits: float [..., C].
-        unsaid: Numbers of the labels.
-        outside: Number of the label "O"; None: there is none.
-    """
-    if not unsaid:
-        return logits
-    folded = logits.clone()
-    if outside is not None:
-        folded[..., outside] = logits[..., [outside, *unsaid]].logsumexp(dim=-1)
-    folded[..., unsaid] = torch.finfo(logits.dtype).min
-    return folded
 
 
 def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: TaskRecipe, weights: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from common.data import Example, make_batch, text_ids
+from common.recipe import SamplingRecipe, TaskRecipe
 from configuration_multitask import TOKEN
-from training.data import Example, make_batch, text_ids
-from training.recipe import SamplingRecipe, TaskRecipe
 
 POOL_BATCHES = 50  # as many batches' examples are sorted by length together
 ANNEALED_END = 0.2  # the exponent that the annealed probabilities end with

@@ -28,8 +28,8 @@ from urllib.request import Request, urlopen
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, List, Value, disable_progress_bars
 
+from common.data import DataError, load_split
 from training.converters import CONVERTERS, Row, SourceError
-from training.data import DataError, load_split
 
 LIST = Path(__file__).with_name("sources.toml")
 # Which rows a split holds, where that was drawn once and follows from no rule: document numbers, or `row_key`s.
@@ -124,16 +124,6 @@ def entry_problems(entry: dict[str, Any]) -> Iterable[str]:
     for name, value in entry.get("sha256", {}).items():
         if name not in entry.get("files", {}) or not re.fullmatch("[0-9a-f]{64}", value):
             yield f"sha256.{name} is {value!r}; it must be 64 hexadecimal digits, for one of files."
-
-
-def data_table(sources: dict[str, Source]) -> str:
-    """Returns the Markdown table of the data sets: name and link, license, rows, and what each is used for."""
-    lines = ["| data | license | rows: train / validation / test | used here |", "|---|---|---|---|"]
-    for source in sources.values():
-        counts = " / ".join(f"{source.rows[x]:,}" if x in source.rows else "–" for x in ("train", "validation", "test"))
-        allowed = "" if source.commercial else " (research only)"
-        lines.append(f"| [{source.title}]({source.link}) | {source.license}{allowed} | {counts} | {source.use} |")
-    return "\n".join(lines) + "\n"
 
 
 # Download

@@ -34,26 +34,29 @@ from transformers import (
     set_seed,
 )
 
-from configuration_multitask import MultiTaskConfig
-from evaluation.calibrate import calibrate
-from evaluation.evaluate import NEIGHBOURS, average, drift, embed, environment_info, fingerprint, has_split, measure
-from evaluation.plots import learning_curves
-from modeling_multitask import MultiTaskModel
-from pipeline_multitask import MultiTaskPipeline
-from training.data import (
+from common.data import (
     DataError,
     Example,
     cut_texts,
     encode,
+    fingerprint,
+    has_split,
     load_task_split,
     make_examples,
     rewritten,
     task_labels,
     text_ids,
 )
+from common.files import environment_info
+from common.recipe import GRADIENT_SURGERY, Recipe, RecipeError, TaskRecipe
+from configuration_multitask import MultiTaskConfig
+from evaluation.calibrate import calibrate
+from evaluation.evaluate import NEIGHBOURS, average, drift, embed, measure
+from evaluation.plots import learning_curves
+from modeling_multitask import MultiTaskModel
+from pipeline_multitask import MultiTaskPipeline
 from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_optimizer
 from training.objectives import LossWeights, Objective, class_weights, label_counts
-from training.recipe import GRADIENT_SURGERY, Recipe, RecipeError, TaskRecipe
 from training.sampler import BatchPlan, Stream
 from training.trainer import COMPLETE, Clock, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from common.recipe import Recipe, RecipeError
 from training.objectives import Objective
-from training.recipe import Recipe, RecipeError
 
 KEPT = 2  # checkpoints, besides the best one
 COMPLETE = "complete"  # the last file of a checkpoint: without it, the writing was cut short

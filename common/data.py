@@ -1,5 +1,7 @@
 """Training data: data sets from the Hub or from folders, turned into tokenized examples, and examples into batches."""
 
+import hashlib
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -16,11 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from common.recipe import NO_LABEL, SCORED_PAIRS, TaskRecipe, is_entities, label_names
 from configuration_multitask import TOKEN
-from evaluation.metrics import token_spans
 from modeling_multitask import IGNORE_INDEX, pool
 from pipeline_multitask import Span, Window, find_words
-from training.recipe import NO_LABEL, SCORED_PAIRS, TaskRecipe, is_entities, label_names
 
 Example = dict[str, Any]
 ENCODED_TOGETHER = 64  # texts in a batch of `encode`
@@ -84,6 +85,19 @@ def split_names(name_or_path: str) -> list[str]:
         raise DataError(f"{name_or_path} is no data set that can be read: {error}") from error
 
 
+def has_split(task: TaskRecipe, split: str) -> bool:
+    """Returns whether a task's data set has the split ("train", "validation" or "test"); an empty name in `splits`: it has not."""
+    known, name = split_names(task.dataset), task.splits.get(split, split)
+    if split in task.splits and name and name not in known:
+        raise DataError(f"{task.dataset}: splits.{split} is {name!r}; it has {', '.join(known)}.")
+    return name in known
+
+
+def public_name(dataset: str) -> str:
+    """Returns a Hub id as it is, and of a folder or file its name alone: where it lies on this machine is of no use."""
+    return Path(dataset).name if Path(dataset).exists() else dataset
+
+
 def hub_source(name_or_path: str) -> dict[str, str]:
     """Returns `load_dataset`'s arguments for "name", "name:subset", "name@revision" or "name@revision:subset"; a folder is
     itself.
@@ -93,6 +107,19 @@ def hub_source(name_or_path: str) -> dict[str, str]:
     name, _, subset = name_or_path.partition(":")
     name, _, revision = name.partition("@")
     return {"path": name, **({"name": subset} if subset else {}), **({"revision": revision} if revision else {})}
+
+
+def fingerprint(task: TaskRecipe, data: Dataset) -> str:
+    """Returns a hash of the columns that a task reads, the same wherever the data set was loaded from."""
+    return hash_columns(data, [*task.text_columns, *([] if task.label_column is None else [task.label_column])])
+
+
+def hash_columns(data: Dataset, columns: list[str]) -> str:
+    """Returns a hash of some columns' values."""
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(json.dumps([round(x, 6) if isinstance(x, float) else x for x in data[column]]).encode())
+    return digest.hexdigest()
 
 
 def class_names(data: Dataset, column: str) -> list[str]:
@@ -162,6 +189,30 @@ def label_map(task: TaskRecipe, source: list[str], labels: list[str], where: str
     return found
 
 
+def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
+    """Returns the ids of the labels that a task's data set never marks."""
+    return [i for i, label in enumerate(labels) if (label[2:] if is_entities(task) else label) in task.unsaid]
+
+
+def fold_unsaid(logits: Tensor, unsaid: list[int], outside: int | None) -> Tensor:
+    """Returns logits, float [..., C], that leave no probability to labels which a data set never marks.
+
+    For entities, where an "O" may hide one of them, their probability counts as that of "O"; elsewhere it is left out.
+
+    Args:
+        logits: float [..., C].
+        unsaid: Numbers of the labels.
+        outside: Number of the label "O"; None: there is none.
+    """
+    if not unsaid:
+        return logits
+    folded = logits.clone()
+    if outside is not None:
+        folded[..., outside] = logits[..., [outside, *unsaid]].logsumexp(dim=-1)
+    folded[..., unsaid] = torch.finfo(logits.dtype).min
+    return folded
+
+
 def label_id(value: object, labels: list[str], where: str) -> int:
     """Returns the number of a label given by number or by name; -100 for a missing one (None).
 
@@ -175,6 +226,15 @@ def label_id(value: object, labels: list[str], where: str) -> int:
     if type(value) is int and 0 <= value < len(labels):
         return value
     raise DataError(f"{where}: label {value!r} is none of 0 … {len(labels) - 1} ({', '.join(labels)}).")
+
+
+def token_spans(tokens: list[str]) -> list[tuple[int, int]]:
+    """Returns the character span of each token in `" ".join(tokens)`."""
+    spans, start = [], 0
+    for token in tokens:
+        spans.append((start, start + len(token)))
+        start += len(token) + 1
+    return spans
 
 
 def word_tags(words: list[Span], spans: list[Span], tags: list[str | None]) -> list[str | None]:

@@ -1,0 +1,60 @@
+"""The packages: what imports what has no circles, and names that begin with an underscore stay where they are."""
+
+import ast
+import subprocess
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+SOURCES = [Path(x) for x in subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()]
+# A folder is one package; each file of the root is one by itself.
+PACKAGES = {path.parts[0].removesuffix(".py") for path in SOURCES} - {"tests", "examples"}
+# The pipeline's `add_task` is the learning file's: imported when it is called.
+LATE = {("pipeline_multitask", "learning_multitask")}
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """Returns every (module, name) that a file imports, wherever it does; the name is empty for `import module`."""
+    found = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(x.name, "") for x in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.module or "", x.name) for x in node.names]
+    return found
+
+
+def test_packages_import_each_other_in_no_circle():
+    graph: dict[str, set[str]] = {package: set() for package in PACKAGES}
+    for path in SOURCES:
+        package = path.parts[0].removesuffix(".py")
+        if package in PACKAGES:
+            used = {module.partition(".")[0] for module, _ in imports(path)} & (PACKAGES | {"tests"})
+            graph[package] |= {x for x in used if x != package and (package, x) not in LATE}
+    assert not any("tests" in used for used in graph.values()), "what is released needs no test"
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_private_names_stay_in_their_package():
+    """A name with an underscore that one package defines is read by no other."""
+    defined: dict[str, set[str]] = {}
+    read: dict[str, set[str]] = {}
+    for path in SOURCES:
+        package = path.parts[0].removesuffix(".py")
+        if package not in PACKAGES:
+            continue
+        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.setdefault(package, set()).add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                defined.setdefault(package, set()).add(node.attr)
+            elif isinstance(node, ast.Attribute):
+                read.setdefault(package, set()).add(node.attr)
+            elif isinstance(node, ast.ImportFrom):
+                read.setdefault(package, set()).update(x.name for x in node.names)
+    private = {x: package for package, names in defined.items() for x in names if x.startswith("_") and not x.endswith("__")}
+    others = {
+        (package, x) for package, names in read.items() for x in names & set(private) if x not in defined.get(package, ())
+    }
+    assert not others, others
