@@ -37,7 +37,7 @@ def _metric(task: str, key: str) -> Callable[[Result], Value | None]:
 
 
 def _measured(found: Result | None, key: str) -> Value | None:
-    if found is None or key not in found["metrics"]:
+    if not found or key not in found["metrics"]:
         return None
     low, high = found["intervals"][key]
     return found["metrics"][key], (high - low) / 2

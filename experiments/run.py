@@ -15,7 +15,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from common.files import ROOT, environment_info
 from common.recipe import Recipe, RecipeError
 from evaluation.evaluate import average, measure, measure_drift
 from experiments.conflicts import gradient_conflicts
+from experiments.encoders import shaped_encoder
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from training.train import train
@@ -51,6 +52,7 @@ class Cell:
         only: The tasks that train; none: all.
         rows: So many rows of each validation split are measured; None: all.
         gradients: Whether the tasks' gradients are compared, and nothing else is measured.
+        shape: Changes of the starting encoder that stand for a branch of another shape, see `experiments.encoders`.
     """
 
     recipe: str
@@ -63,6 +65,7 @@ class Cell:
     only: tuple[str, ...] = ()
     rows: int | None = None
     gradients: bool = False
+    shape: dict[str, int] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -102,9 +105,10 @@ def _table_cells(grid: dict[str, Any], budget: str, table: str, seed: int) -> It
     for cell in fields["cells"]:
         written = [*limits["settings"], *fields.get("settings", []), *cell.get("settings", [])]
         settings = [x for setting in written for x in grid["lists"].get(setting.strip("{}"), [setting])]
-        only, gradients = tuple(cell.get("only", [])), fields.get("gradients", False)
+        only, gradients = tuple(cell.get("only", fields.get("only", []))), fields.get("gradients", False)
         source = (grid["recipe"], tuple(grid["unseen"]))
-        yield Cell(*source, budget, table, cell["name"], seed, tuple(settings), only, limits.get("rows"), gradients)
+        shape = cell.get("shape", {})
+        yield Cell(*source, budget, table, cell["name"], seed, tuple(settings), only, limits.get("rows"), gradients, shape)
 
 
 def cell_recipe(cell: Cell, data: Path | None, encoder: str) -> Recipe:
@@ -120,7 +124,8 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> None:
     """Runs one cell and writes its result file."""
     started = time.monotonic()
     folder = args.runs / cell.path.with_suffix("")
-    recipe = cell_recipe(cell, args.data, args.encoder)
+    encoder = shaped_encoder(args.encoder, cell.shape, folder.with_name(f"{folder.name}-start")) if cell.shape else args.encoder
+    recipe = cell_recipe(cell, args.data, encoder)
     found = gradient_conflicts(recipe, folder) if cell.gradients else train_and_measure(cell, recipe, folder, args)
     result = {**asdict(cell), "command": cell.command, **found, "cell_seconds": round(time.monotonic() - started)}
     target = args.output / cell.path
@@ -128,7 +133,8 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> None:
     part = target.with_suffix(".part")
     part.write_text(json.dumps({**result, **environment_info()}, indent=1) + "\n", "utf-8")
     part.rename(target)
-    shutil.rmtree(folder, ignore_errors=True)
+    for used in (folder, folder.with_name(f"{folder.name}-start")):
+        shutil.rmtree(used, ignore_errors=True)
 
 
 def train_and_measure(cell: Cell, recipe: Recipe, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def train_and_measure(cell: Cell, recipe: Recipe, folder: Path, args: argparse.N
         "data": run["data"],
         "tasks": tasks,
         "average": average(tasks, recipe),
-        "drift": measure_drift(pipe, unseen, *place, args.encoder, intervals=True),
+        "drift": None if cell.shape else measure_drift(pipe, unseen, *place, args.encoder, intervals=True),
     }
 
 
