@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from transformers import AutoModel, pipeline
 
 from common.data import (
@@ -49,6 +49,8 @@ from evaluation.metrics import (
     classification_intervals,
     classification_metrics,
     cosines,
+    coverage,
+    entities_right,
     entities_to_tags,
     entity_intervals,
     entity_metrics,
@@ -64,8 +66,10 @@ from evaluation.metrics import (
 )
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import (
+    EKMAN,
     Record,
     Span,
+    group_scores,
     length_batches,
     mean_over_windows,
     merge_words,
@@ -91,7 +95,7 @@ def measure(
     plots: Path | None = None,
     form: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Returns, for each task (each "<task>/<data set>" of one with several), `metrics` (name to value), `intervals` (name to [low, high]), and on what it was measured.
+    """Returns, for each task (each "<task>/<data set>" of one with several), `metrics` (name to value), `intervals` (name to [low, high]), of heads `coverage` and `domains`, and on what it was measured.
 
     To measure a model while it trains, give `MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)`;
     the model is left in evaluation mode, as the pipeline itself leaves it. A task whose data set has no such split is
@@ -120,12 +124,15 @@ def measure(
         if task.has_head:
             predictions = predict(pipe, name, task, data, form)
             metrics, ranges = measure_head(predictions, intervals)
+            kept = {} if predictions.spec.problem_type == REGRESSION else coverage(*predictions.answers()[:2])
+            extra = {"coverage": kept, "domains": by_domain(predictions, data)}
             if plots:
                 _draw(plots, key.replace("/", "_"), predictions)
         else:
+            extra = {}
             metrics, ranges = measure_pairs(pipe, task, data, recipe.model.matryoshka_dims, reference, intervals)
         facts = {"split": split, "rows": len(data), "sha256": fingerprint(task, data)}
-        results[key] = {"metrics": metrics, "intervals": ranges, **facts}
+        results[key] = {"metrics": metrics, "intervals": ranges, **extra, **facts}
     return results
 
 
@@ -176,6 +183,7 @@ class Predictions:
         truth: The same of the data set.
         rows: int [N], the row of the data set that each item belongs to.
         tags: For entities: the tags of each row's tokens in the data set, and those that the pipeline's entities give.
+        found: For entities: of each one that the pipeline gives, its score, whether it is right, and its row.
     """
 
     spec: TaskSpec
@@ -184,11 +192,29 @@ class Predictions:
     truth: np.ndarray
     rows: np.ndarray
     tags: tuple[list[list[str]], list[list[str]]] | None = None
+    found: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @property
     def probabilities(self) -> np.ndarray:
-        """The head's probabilities, float [N, C], of which one label is right."""
-        return softmax(self.logits, axis=1)
+        """The head's probabilities, float [N, C]; multi-label: each by itself, otherwise they sum to one."""
+        return expit(self.logits) if self.spec.problem_type == MULTI_LABEL else softmax(self.logits, axis=1)
+
+    def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns of each answer that a user gets, a label or an entity, its score, whether it is right, and its row."""
+        if self.found is not None:
+            return self.found
+        if self.spec.problem_type == MULTI_LABEL:
+            items, labels = np.nonzero(self.predicted)
+            return self.probabilities[items, labels], self.truth[items, labels] > 0, self.rows[items]
+        return self.probabilities.max(axis=1), self.predicted == self.truth, self.rows
+
+    def of_rows(self, kept: set[int]) -> "Predictions":
+        """Returns the predictions for some rows of the data set."""
+        items, rows = np.isin(self.rows, list(kept)), sorted(kept)
+        tags = None if self.tags is None else tuple([side[row] for row in rows] for side in self.tags)
+        fields = {name: getattr(self, name)[items] for name in ("logits", "predicted", "truth", "rows")}
+        found = None if self.found is None else tuple(x[np.isin(self.found[2], rows)] for x in self.found)
+        return dataclasses.replace(self, **fields, tags=tags, found=found)
 
 
 def predict(pipe: Any, name: str, task: TaskRecipe, data: Dataset, form: str | None = None) -> Predictions:
@@ -239,6 +265,7 @@ def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names:
     tokens, truth = [row for row, _ in tagged], [tags for _, tags in tagged]
     unsaid, outside = unsaid_labels(task, spec.labels), spec.labels.index("O") if spec.is_bio else None
     logits, labels, rows, found = [], [], [], []
+    given: list[tuple[float, bool, int]] = []
     for row, (record, words, values) in enumerate(answers(pipe, name, [" ".join(x) for x in tokens])):
         spans = token_spans(tokens[row])
         logits.append(values.reshape(len(words), len(spec.labels)))
@@ -248,10 +275,14 @@ def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names:
             said = [x for x in record["entities"][name] if x["entity_group"] not in task.unsaid]
             tags = entities_to_tags(spans, said)
             found.append(["O" if gold is None else tag for gold, tag in zip(truth[row], tags, strict=True)])
+            right = entities_right(spans, [tag or "O" for tag in truth[row]], said)
+            given += [(x["score"], correct, row) for x, correct in zip(said, right, strict=True)]
     kept = np.array(labels, dtype=int) != IGNORE_INDEX
     values = fold_unsaid(torch.from_numpy(np.concatenate(logits)[kept]), unsaid, outside).numpy()
     tags = ([[tag or "O" for tag in row] for row in truth], found) if spec.is_bio else None
-    return Predictions(spec, values, values.argmax(axis=1), np.array(labels)[kept], np.array(rows)[kept], tags)
+    answered = (np.array([x[0] for x in given]), np.array([x[1] for x in given], bool), np.array([x[2] for x in given], int))
+    items = (values, values.argmax(axis=1), np.array(labels)[kept], np.array(rows)[kept])
+    return Predictions(spec, *items, tags, answered if spec.is_bio else None)
 
 
 def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, list[Span], np.ndarray]]:
@@ -280,17 +311,46 @@ def measure_head(predictions: Predictions, intervals: bool) -> Measures:
     if spec.problem_type == REGRESSION:
         return regression_metrics(truth, predicted), regression_intervals(truth, predicted) if intervals else {}
     if spec.problem_type == MULTI_LABEL:
-        return multi_label_metrics(truth, predicted), multi_label_intervals(truth, predicted) if intervals else {}
-    if predictions.tags:
+        metrics, ranges = multi_label_metrics(truth, predicted), multi_label_intervals(truth, predicted) if intervals else {}
+        if set(spec.labels) == {label for labels in EKMAN.values() for label in labels}:
+            metrics["ekman_macro_f1"] = grouped_macro_f1(predictions.probabilities, truth, spec.labels)
+    elif predictions.tags:
         metrics, ranges = entity_metrics(*predictions.tags), entity_intervals(*predictions.tags) if intervals else {}
     else:
         metrics = classification_metrics(truth.tolist(), predicted.tolist())
         ranges = classification_intervals(truth, predicted, rows) if intervals else {}
     if spec.kind == TOKEN and not predictions.tags:  # words with labels of their own, such as parts of speech
         metrics, ranges = ({"f1": x["macro_f1"], **x} if x else x for x in (metrics, ranges))
-    confidence, correct = predictions.probabilities.max(axis=1), predicted == truth
+    confidence, correct, rows = predictions.answers()
     metrics["calibration_error"] = calibration_error(confidence, correct)
     return metrics, {**ranges, **calibration_intervals(confidence, correct, rows)} if intervals else {}
+
+
+def grouped_macro_f1(probabilities: np.ndarray, truth: np.ndarray, labels: list[str]) -> float:
+    """Returns the macro F1 over Ekman's six emotions and neutral of the likeliest group, on texts whose labels are of one group.
+
+    Args:
+        probabilities: float [N, C] of GoEmotions' labels.
+        truth: 0/1 [N, C].
+        labels: Their names.
+    """
+    columns = [[labels.index(label) for label in group] for group in EKMAN.values()]
+    in_truth = np.stack([truth[:, group].any(axis=1) for group in columns], axis=1)  # [N, groups]
+    kept = in_truth.sum(axis=1) == 1
+    scores = [group_scores(dict(zip(labels, row, strict=True))) for row in probabilities[kept]]
+    predicted = [max(x, key=x.__getitem__) for x in scores]
+    return classification_metrics([list(EKMAN)[i] for i in in_truth[kept].argmax(axis=1)], predicted)["macro_f1"]
+
+
+def by_domain(predictions: Predictions, data: Dataset) -> dict[str, dict[str, float]]:
+    """Returns the metrics of each domain of a data set with a column "domain"; none without."""
+    if "domain" not in data.column_names:
+        return {}
+    domains = data["domain"]
+    rows: dict[str, set[int]] = {}
+    for row in set(predictions.rows.tolist()):
+        rows.setdefault(domains[row], set()).add(row)
+    return {name: measure_head(predictions.of_rows(kept), False)[0] for name, kept in sorted(rows.items())}
 
 
 def _draw(folder: Path, name: str, predictions: Predictions) -> None:

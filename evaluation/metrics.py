@@ -17,6 +17,7 @@ Intervals = dict[str, list[float]]
 
 RESAMPLES = 1000
 _RESAMPLES_AT_ONCE = 100  # bounds the memory
+COVERAGE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the answers that are kept
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 
 # Text labels
@@ -166,7 +167,40 @@ def entities_to_tags(spans: list[tuple[int, int]], entities: list[dict]) -> list
     return tags
 
 
+def entities_right(spans: list[tuple[int, int]], tags: list[str], entities: list[dict]) -> list[bool]:
+    """Returns for each entity found in a text whether its group and both its ends are those of an entity of `tags`.
+
+    Args:
+        spans: The character span of each of the data set's tokens.
+        tags: The tokens' BIO tags.
+        entities: As the pipeline gives them.
+    """
+    gold = Entities([tags], scheme=IOB2).entities[0]
+    right = {(x.tag, spans[x.start][0], spans[x.end - 1][1]) for x in gold}
+    return [(x["entity_group"], x["start"], x["end"]) in right for x in entities]
+
+
 # Calibration
+
+
+def coverage(confidence: np.ndarray, correct: np.ndarray) -> dict[str, dict[str, float]]:
+    """Returns how accuracy rises as answers of low confidence are left out.
+
+    Args:
+        confidence: float [items], the score of each answer.
+        correct: bool [items], whether it is right.
+
+    Returns:
+        For each share of answers in `COVERAGE`, the `min_score` that leaves about so many, and their `accuracy`; none
+        without answers.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    counts = {share: round(share * len(order)) for share in COVERAGE}
+    return {
+        f"{share:.1f}": {"min_score": float(confidence[order[n - 1]]), "accuracy": float(correct[order[:n]].mean())}
+        for share, n in counts.items()
+        if n
+    }
 
 
 def confidence_bins(confidence: np.ndarray) -> np.ndarray:

@@ -124,7 +124,9 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> None:
     """Runs one cell and writes its result file."""
     started = time.monotonic()
     folder = args.runs / cell.path.with_suffix("")
-    encoder = shaped_encoder(args.encoder, cell.shape, folder.with_name(f"{folder.name}-start")) if cell.shape else args.encoder
+    encoder = (
+        shaped_encoder(args.encoder, cell.shape, folder.with_name(f"{folder.name}-start")) if cell.shape else args.encoder
+    )
     recipe = cell_recipe(cell, args.data, encoder)
     found = gradient_conflicts(recipe, folder) if cell.gradients else train_and_measure(cell, recipe, folder, args)
     result = {**asdict(cell), "command": cell.command, **found, "cell_seconds": round(time.monotonic() - started)}

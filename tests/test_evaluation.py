@@ -18,7 +18,7 @@ from common.data import has_split, token_spans
 from common.recipe import Recipe, TaskRecipe
 from evaluation import calibrate, evaluate, metrics, plots
 from modeling_multitask import MultiTaskModel
-from pipeline_multitask import MultiTaskPipeline
+from pipeline_multitask import EKMAN, MultiTaskPipeline
 from tests.conftest import TASKS, tiny_model, tiny_tokenizer
 
 STRICT = {"mode": "strict", "scheme": IOB2, "zero_division": 0}
@@ -42,6 +42,31 @@ def test_regression_by_hand():
     assert both["spearman"] == pytest.approx(0) and both["mean_absolute_error"] == pytest.approx(5 / 2)
     with pytest.warns(RuntimeWarning, match="constant"):
         assert metrics.regression_metrics(truth, np.ones((4, 1)))["spearman"] == 0.0
+
+
+def test_accuracy_at_lower_coverage_is_that_of_the_surest_answers():
+    found = metrics.coverage(np.array([0.9, 0.2, 0.8, 0.6]), np.array([True, False, True, False]))
+    assert found["1.0"] == {"min_score": 0.2, "accuracy": 0.5} and found["0.5"] == {"min_score": 0.8, "accuracy": 1.0}
+    assert metrics.coverage(np.zeros(0), np.zeros(0, bool)) == {}
+
+
+def test_an_entity_is_right_if_its_group_and_both_ends_are():
+    tags, spans = ["B-PER", "I-PER", "O", "B-LOC"], token_spans(["Tim", "Cook", "in", "Paris"])
+    found = [("PER", 0, 8), ("PER", 0, 3), ("LOC", 12, 17), ("ORG", 12, 17)]
+    entities = [{"entity_group": group, "start": start, "end": end} for group, start, end in found]
+    assert metrics.entities_right(spans, tags, entities) == [True, False, True, False]
+
+
+def test_emotions_are_grouped_before_they_are_compared():
+    labels = [label for group in EKMAN.values() for label in group]
+    truth = np.zeros((3, len(labels)), int)
+    for row, names in enumerate((["joy", "love"], ["grief"], ["anger", "joy"])):  # the last is of two groups
+        truth[row, [labels.index(x) for x in names]] = 1
+    probabilities = np.full(truth.shape, 0.1)
+    probabilities[0, labels.index("excitement")] = probabilities[1, labels.index("sadness")] = 0.9
+    assert evaluate.grouped_macro_f1(probabilities, truth, labels) == 1.0
+    probabilities[1, labels.index("fear")] = 0.95
+    assert evaluate.grouped_macro_f1(probabilities, truth, labels) == 0.5
 
 
 def test_calibration_error_by_hand():
@@ -353,7 +378,8 @@ def test_the_command_measures_everything_and_draws_it(release, data, tmp_path, m
     assert {"macro_f1", "accuracy", "calibration_error"} <= set(tasks["sentiment"])
     assert {"f1", "f1_PER", "f1_LOC", "precision", "recall", "calibration_error"} == set(tasks["ner"])
     assert tasks["pos"]["f1"] == tasks["pos"]["macro_f1"] and 0 <= tasks["pos"]["accuracy"] <= 1
-    assert set(tasks["topics"]) == {"macro_f1", "micro_f1", "exact_match"}
+    assert set(tasks["topics"]) == {"macro_f1", "micro_f1", "exact_match", "calibration_error"}
+    assert found["tasks"]["sentiment"]["coverage"]["1.0"]["accuracy"] == pytest.approx(tasks["sentiment"]["accuracy"])
     assert set(tasks["rating"]) == {"spearman", "pearson", "mean_absolute_error"}
     assert {"spearman", "spearman_raw", "spearman_4", "spearman_reference"} <= set(tasks["similarity"])
     assert {"accuracy", "accuracy_raw", "accuracy_4"} <= set(tasks["retrieval"]) and set(tasks["triples"]) >= {"accuracy"}
