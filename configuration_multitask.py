@@ -24,6 +24,7 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 WEIGHTS_INDEX = "multitask.safetensors.index.json"  # its presence marks a release folder
 # How a word is written, which an uncased tokenizer does not see. The first stands where it is not known.
 CASINGS = ("unknown", "lower", "title", "upper", "capital", "mixed", "digits", "punctuation")
+READS = {"branch": ("branch",), "encoder": ("encoder",), "both": ("branch", "encoder")}
 POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 AUTO_MAP = {
@@ -84,6 +85,8 @@ class TaskSpec:
         classifier_dropout: Dropout before the classifier in training, in [0, 1).
         hidden_dim: Width of a hidden layer (GELU) before the classifier; None for a linear head.
         pooling_mode: Sequence tasks only: how this head pools token vectors; None: as the sentence embedding does.
+        reads: Sequence tasks only: what this head pools: `"branch"` (default; the encoder, where there is no task branch), or
+            the vectors of unit length of `"encoder"` (`encoder_embedding`) or of `"both"`, one after the other.
         casing_dim: Token tasks only: dimension of a learned vector for how each word and its neighbours are written
             (`CASINGS`), which the head reads beside the token vectors; None: no casing features in this head.
         temperature: Positive number by which the logits are divided (Guo et al. 2017); 1 changes nothing.
@@ -101,6 +104,7 @@ class TaskSpec:
     classifier_dropout: float = 0.1
     hidden_dim: int | None = None
     pooling_mode: str | None = None
+    reads: str = "branch"
     casing_dim: int | None = None
     temperature: float = 1.0
     thresholds: list[float] | None = None
@@ -122,6 +126,8 @@ class TaskSpec:
         self._require(self.casing_dim is None or self.kind == TOKEN, "casing_dim", f"null for a {SEQUENCE} task")
         modes = (None, *POOLING_MODES) if self.kind == SEQUENCE else (None,)
         self._require(self.pooling_mode in modes, "pooling_mode", f"null, or for a text {', '.join(POOLING_MODES)}")
+        allowed = READS if self.kind == SEQUENCE else ["branch"]
+        self._require(self.reads in list(allowed), "reads", " or ".join(allowed))
         temperature, weight = self.temperature, self.loss_weight
         self._require(is_number(temperature) and temperature > 0, "temperature", "a positive number")
         self._require(is_number(weight) and weight >= 0, "loss_weight", "a number of at least 0")

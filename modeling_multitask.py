@@ -31,10 +31,10 @@ from transformers.utils.generic import can_return_tuple
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
-        from .configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+        from .configuration_multitask import CASINGS, READS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
         from .weights_multitask import WeightsError, check_stored, loading_problems, not_finite, refuse
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import CASINGS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+    from configuration_multitask import CASINGS, READS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
     from weights_multitask import WeightsError, check_stored, loading_problems, not_finite, refuse
 
 logger = logging.get_logger(__name__)
@@ -127,27 +127,28 @@ class TaskHead(nn.Module):
         super().__init__()
         self.spec = spec
         self.casing = CasingEmbedding(spec.casing_dim) if spec.casing_dim else None
-        features = hidden_size + (spec.casing_dim or 0)
+        features = len(READS[spec.reads]) * hidden_size + (spec.casing_dim or 0)
         self.dense = nn.Linear(features, spec.hidden_dim) if spec.hidden_dim else None
         self.dropout = nn.Dropout(spec.classifier_dropout)
         self.classifier = nn.Linear(spec.hidden_dim or features, len(spec.labels))
 
-    def forward(self, hidden: Tensor, mask: Tensor, casing_ids: Tensor, pooling_mode: str) -> Tensor:
+    def forward(self, hidden: dict[str, Tensor], mask: Tensor, casing_ids: Tensor, pooling_mode: str) -> Tensor:
         """Returns the logits, float [B, C] for a text head and [B, T, C] for a token head.
 
         Args:
-            hidden: float [B, T, H], what the heads read.
+            hidden: float [B, T, H] each, the token vectors of the "branch" and of the "encoder", where the head reads them.
             mask: int [B, T].
             casing_ids: int [B, T], indices into `CASINGS`.
             pooling_mode: How a text head pools, unless its own spec says otherwise.
         """
         if self.spec.kind == TOKEN:
             casing = [] if self.casing is None else [self.casing(casing_ids, mask)]
-            return self.classify(torch.cat([hidden, *casing], dim=-1))
-        return self.classify(pool(hidden, mask, self.spec.pooling_mode or pooling_mode))
+            return self.classify(torch.cat([hidden["branch"], *casing], dim=-1))
+        pooled = [pool(hidden[name], mask, self.spec.pooling_mode or pooling_mode) for name in READS[self.spec.reads]]
+        return self.classify(pooled[0] if self.spec.reads == "branch" else torch.cat([normalize(x) for x in pooled], dim=-1))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Returns logits, float [..., C], for features, float [..., H] or, with casing features, [..., H + casing_dim]."""
+        """Returns logits, float [..., C], for features, float [..., H], or wider by casing features or a second H."""
         if self.dense is not None:
             features = F.gelu(self.dense(features))
         return self.classifier(self.dropout(features)) / self.spec.temperature
@@ -367,7 +368,10 @@ class MultiTaskModel(PreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        encoded, hidden = self._encode(inputs, casing, bool(names), output_embedding, wanted, kwargs)
+        sources = {source for name in names for source in READS[self._head(name).spec.reads]}
+        with_encoder = output_embedding or "encoder" in sources
+        encoded, forked = self._encode(inputs, casing, "branch" in sources, with_encoder, wanted, kwargs)
+        hidden = {"branch": forked, "encoder": encoded.last_hidden_state}
 
         pooling = self.config.pooling_mode
         logits = {name: self._head(name)(hidden, mask, casing, pooling) for name in names}
@@ -392,18 +396,18 @@ class MultiTaskModel(PreTrainedModel):
         self,
         inputs: dict[str, Any],
         casing: Tensor,
-        with_tasks: bool,
-        with_embedding: bool,
+        with_branch: bool,
+        with_encoder: bool,
         wanted: dict[str, bool | None],
         kwargs: dict[str, Any],
     ) -> tuple[Any, Tensor]:
-        """Returns the encoder's output, and what the heads read, float [B, T, H]; runs only the layers that are needed."""
-        if self.task_branch is None or not with_tasks:
+        """Returns the encoder's output, and the branch's, float [B, T, H]; runs only the layers that are needed."""
+        if self.task_branch is None or not with_branch:
             encoded = self.encoder(**inputs, **wanted, return_dict=True, **kwargs)
             return encoded, encoded.last_hidden_state
         trunk, branch = self._views
         nothing = {"output_hidden_states": False, "output_attentions": False}
-        if with_embedding or any(wanted.values()):
+        if with_encoder or any(wanted.values()):
             encoded = self.encoder(**inputs, **{**wanted, "output_hidden_states": True}, return_dict=True, **kwargs)
             forked = encoded.hidden_states[-1 - self.config.num_task_layers]
         else:

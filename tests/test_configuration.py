@@ -116,6 +116,8 @@ TEXT = {"kind": "sequence_classification", "labels": ["a", "b"]}
             {"tasks": {"a": {**TEXT, "pooling_mode": "sum"}}},
             "tasks.a.pooling_mode is 'sum'; allowed: null, or for a text cls",
         ),
+        ({"tasks": {"a": {**TEXT, "reads": "all"}}}, "tasks.a.reads is 'all'; allowed: branch or encoder or both"),
+        ({"tasks": {"a": {**NER, "reads": "both"}}}, "tasks.a.reads is 'both'; allowed: branch"),
         ({"tasks": {"a": {**NER, "pooling_mode": "cls"}}}, "tasks.a.pooling_mode is 'cls'"),
         (
             {"tasks": {"a": {**TEXT, "hidden_dim": 10**9}}},

@@ -295,6 +295,31 @@ def test_only_the_layers_that_are_needed_run(model_type, options, upper, branch)
     assert counts == {"trunk": 2, "upper": 2 * upper, "branch": 2 * branch}
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_head_can_read_the_encoders_vector_beside_the_branchs_or_in_its_place(layers):
+    topic = {"kind": "sequence_classification", "labels": ["a", "b"]}
+    model = forked(layers=2, tasks={"encoder": {**topic, "reads": "encoder"}, "both": {**topic, "reads": "both"}})
+    if not layers:
+        model = tiny_model(tasks=model.config.tasks)
+    else:
+        moved(model)
+    out, alone = run(model), run(model, output_embedding=False)
+    weight, bias = model.heads["encoder"].classifier.weight, model.heads["encoder"].classifier.bias
+    torch.testing.assert_close(out.logits["encoder"], out.encoder_embedding @ weight.T + bias)
+    own, other = model.heads["both"].classifier.weight.chunk(2, dim=1)
+    model.heads["both"].classifier.weight.data = torch.cat([torch.zeros_like(own), other], dim=1)
+    encoder_half = run(model).logits["both"] - model.heads["both"].classifier.bias
+    torch.testing.assert_close(encoder_half, out.encoder_embedding @ other.T)
+    assert all(torch.equal(alone.logits[name], out.logits[name]) for name in out.logits)
+    if layers:
+        called = []
+        model.task_branch.register_forward_hook(lambda *_: called.append(1))
+        run(model, tasks=["encoder"])
+        assert not called, "the branch does not run for a head that does not read it"
+        run(model, tasks=["both"])
+        assert called
+
+
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_hidden_states_and_attentions_are_the_encoders(model_type):
     model = moved(forked(model_type, attn_implementation="eager"))

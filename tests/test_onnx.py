@@ -32,7 +32,8 @@ from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, tiny_model, tiny_tokenize
 CASED = {"kind": "token_classification", "labels": ["O", "B-ORG", "I-ORG"], "casing_dim": 4}
 # Its random logits would reach ten and be rounded in proportion; the temperature brings them to the size of the others.
 WIDE = {**CASED, "casing_dim": None, "hidden_dim": 8, "temperature": 4.0}
-OUTPUTS = [*release_onnx.EMBEDDINGS, *(f"logits.{name}" for name in (*TASKS, "cased", "wide"))]
+BOTH = {**TASKS["sentiment"], "reads": "both"}
+OUTPUTS = [*release_onnx.EMBEDDINGS, *(f"logits.{name}" for name in (*TASKS, "cased", "wide", "both"))]
 # Where windows of ModernBERT's local attention are shorter than the texts, the mask depends on the length.
 ENCODERS = {"bert": {}, "roberta": {}, "distilbert": {}, "modernbert": {"local_attention": 8}}
 SHAPES = [(1, 1), (1, 2), (3, 7), (2, WINDOW)]
@@ -55,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def export(model_type: str = "bert", num_task_layers: int = 0) -> tuple[Path, dict]:
         key = model_type, num_task_layers
         if key not in made:
-            fields = {**ENCODERS[model_type], "tasks": {**TASKS, "cased": CASED, "wide": WIDE}}
+            fields = {**ENCODERS[model_type], "tasks": {**TASKS, "cased": CASED, "wide": WIDE, "both": BOTH}}
             parent = tmp_path_factory.mktemp(model_type)
             if num_task_layers:
                 folder = write_forked(parent, model_type, num_task_layers=num_task_layers, **fields)
