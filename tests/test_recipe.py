@@ -56,9 +56,9 @@ def test_every_problem_is_reported_at_once(tmp_path):
     for expected in (
         "model.max_lenght is unknown; known keys: encoder, max_length",
         "model.max_length is missing",
-        "model.matryoshka_dims[1] is 'x'; it must be of type int",
+        "model.matryoshka_dims[1] is 'x'; it must be a valid integer",
         "optimizer.learning_rate is missing",
-        "run.seed is 'three'; it must be of type int",
+        "run.seed is 'three'; it must be a valid integer",
     ):
         assert any(expected in line for line in found), expected
 
@@ -66,28 +66,27 @@ def test_every_problem_is_reported_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["freezing.freeze=all"], "freezing.freeze is 'all'; allowed: nothing, word_embeddings, embeddings, encoder"),
-        (["sampling.mode=random"], "sampling.mode is 'random'; allowed: epochs, proportional, temperature"),
-        (["tasks.mood.kind=pairs"], "tasks.mood.kind is 'pairs'; allowed: sequence_classification, token_classification"),
+        (["freezing.freeze=all"], "freezing.freeze is 'all'; it must be 'nothing', 'word_embeddings', 'embeddings' or 'encoder'"),
+        (["sampling.mode=random"], "sampling.mode is 'random'; it must be 'epochs', 'proportional', 'temperature'"),
+        (["tasks.mood.kind=pairs"], "tasks.mood.kind is 'pairs'; it must be 'sequence_classification', 'token_classification'"),
         (["tasks.mood.text_columns=['a', 'b']"], "tasks.mood.text_columns is ['a', 'b']; a sequence_classification task needs 1"),
-        (["tasks.mood.batch_size=0"], "tasks.mood.batch_size is 0; it must be at least 1"),
-        (["optimizer.weight_decay=nan"], "optimizer.weight_decay is nan; it must be at least 0 and finite"),
-        (["optimizer.layer_decay=1.5"], "optimizer.layer_decay is 1.5; it must be at least 0.01 and at most 1"),
-        (["tasks.mood.splits={dev='x'}"], "tasks.mood.splits names ['dev']; allowed: train, validation, test"),
+        (["tasks.mood.batch_size=0"], "tasks.mood.batch_size is 0; it must be greater than or equal to 1"),
+        (["optimizer.weight_decay=nan"], "optimizer.weight_decay is nan; it must be a finite number"),
+        (["optimizer.layer_decay=1.5"], "optimizer.layer_decay is 1.5; it must be less than or equal to 1"),
+        (["tasks.mood.splits={dev='x'}"], "tasks.mood.splits.dev is 'dev'; it must be 'train', 'validation' or 'test'"),
         (["tasks.mood.head.hidden_dims=3"], "tasks.mood.head has unknown fields ['hidden_dims']"),
         (["tasks.mood.head.pooling_mode=sum"], "tasks.mood.head.pooling_mode is 'sum'; allowed"),
         (["tasks.mood.head.labels=['a']"], "tasks.mood.head holds ['labels']"),
         (["tasks.mood.passage_rows=2"], "tasks.mood.passage_rows is 2; only token_classification tasks join"),
         (["tasks.similarity.head.hidden_dim=2"], "tasks.similarity.head is {'hidden_dim': 2}; a scored_pairs task has no head"),
-        (["tasks.similarity.focal_gamma=2"], "tasks.similarity.class_weights, focal_gamma and label_smoothing are for"),
+        (["tasks.similarity.focal_gamma=2"], "tasks.similarity.class_weights and focal_gamma are for"),
         (["tasks.similarity.kind=positive_pairs"], "label_column is 'score'; a positive_pairs task has none"),
         (["sampling.batches=5"], "sampling.batches is 5; in mode 'epochs' the tasks' epochs set"),
         (["losses.weighting=pcgrad"], "losses.weighting is 'pcgrad'; it needs sampling.gradient_accumulation_steps of at least 2"),
-        (["run.patience=2"], "run.patience needs run.evaluations of at least 1"),
         (["freezing.freeze=encoder", "freezing.lora_rank=4"], "freezing.freeze is 'encoder'; lora_rank, gradual and"),
-        (["run.seed=-1"], "run.seed is -1; it must be at least 0 and at most 4294967295"),
+        (["run.seed=-1"], "run.seed is -1; it must be greater than or equal to 0"),
         (["optimizer.groups=[{pattern='(', learning_rate=1}]"], "optimizer.groups[0].pattern is '(', not a valid regular expression"),
-        (["optimizer.groups=[{pattern='x', learning_rate=-1}]"], "optimizer.groups[0].learning_rate is -1.0; it must be"),
+        (["optimizer.groups=[{pattern='x', learning_rate=-1}]"], "optimizer.groups[0].learning_rate is -1; it must be"),
         (["tasks.drift.kind=sequence_classification"], "tasks.drift.dataset is missing; name one, or several"),
         (["model.matryoshka_dims=[9]"], "model.matryoshka_dims holds 9; allowed: 1 to 8 dimensions"),
         (["tasks={}"], "--set tasks={}: it must have the form section.key=value, such as run.seed=7"),
@@ -178,18 +177,18 @@ def with_part(**fields):
         (with_part(unsaid=["awful"]), "tasks.mood.datasets.a.unsaid holds 'awful'; allowed: bad, good"),
         (with_part(unsaid=["bad"], mapping={"n": "bad"}), "datasets.a.unsaid holds 'bad', which mapping says"),
         (with_part(dataset="db"), "datasets names 'db' 2 times"),
-        (with_part(epochs=-1.0), "tasks.mood.datasets.a.epochs is -1.0; it must be at least"),
+        (with_part(epochs=-1.0), "tasks.mood.datasets.a.epochs is -1.0; it must be greater than 0"),
         (with_part(passage_rows=2), "datasets.a.passage_rows is 2; only token_classification"),
         (several(task={"labels": None}), "tasks.mood.labels is missing; a task with several data sets names its own"),
         (several(task={"dataset": "dc"}), "tasks.mood.dataset is given beside datasets"),
         (
             several(task={"rewrites": {"shout": 0.1}}),
-            "tasks.mood.rewrites names 'shout'; allowed: lower, upper, title, bare",
+            "tasks.mood.rewrites.shout is 'shout'; it must be 'lower', 'upper', 'title' or 'bare'",
         ),
         (several(task={"rewrites": {"lower": 0.7, "upper": 0.7}}), "rewrites adds up to 1.4"),
         (several(freezing={"freeze": "nothing"}), "freezing.freeze is 'nothing'; model.num_task_layers is 2, which freezes"),
         (several(losses={"preserve_weight": 1.0}), "losses.preserve_weight is 1.0; .*: the embedding cannot move"),
-        (several(model={"num_task_layers": -1}), "model.num_task_layers is -1; it must be at least 0"),
+        (several(model={"num_task_layers": -1}), "model.num_task_layers is -1; it must be greater than or equal to 0"),
     ],
 )
 def test_contradictions_of_data_sets_and_branch_are_named(fields, message):
@@ -199,6 +198,6 @@ def test_contradictions_of_data_sets_and_branch_are_named(fields, message):
 
 def test_all_problems_are_reported_at_once():
     fields = with_part(mapping={"n": "awful"}, unsaid=["worse"])
-    fields["tasks"]["mood"]["rewrites"] = {"shout": 0.1}
-    with pytest.raises(RecipeError, match=r"(?s)rewrites names 'shout'.*mapping.n is 'awful'.*unsaid holds 'worse'"):
+    fields["tasks"]["mood"]["rewrites"] = {"lower": 2.0}
+    with pytest.raises(RecipeError, match=r"(?s)mapping.n is 'awful'.*unsaid holds 'worse'.*rewrites adds up to 2"):
         Recipe.build(fields, "test")

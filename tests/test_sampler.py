@@ -94,11 +94,6 @@ def test_temperature_and_annealing_by_hand():
     assert annealed[0] == 0.9 > annealed[1] > annealed[2] > 0.5
 
 
-def test_round_robin_takes_turns():
-    found = [name for name, _ in plan({"a": 40, "b": 4, "c": 8}, mode="round_robin", batches=9).batches]
-    assert found == ["a", "b", "c"] * 3
-
-
 @pytest.mark.parametrize("mode", ["epochs", "uniform"])
 def test_a_run_is_a_whole_number_of_steps(mode):
     found = plan({"a": 40, "b": 4}, mode=mode, gradient_accumulation_steps=4)

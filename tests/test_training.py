@@ -147,13 +147,11 @@ def test_casing_tells_what_the_uncased_words_cannot(workshop):
 @pytest.mark.parametrize(
     "settings",
     [
-        ("losses.weighting=log_labels", "sampling.mode=round_robin"),
         ("losses.weighting=uncertainty", "sampling.mode=uniform"),
-        ("losses.weighting=pcgrad", "sampling.gradient_accumulation_steps=3", "sampling.mode=temperature"),
-        ("losses.weighting=upgrad", "sampling.gradient_accumulation_steps=2", "sampling.mode=annealed"),
+        ("losses.weighting=pcgrad", "sampling.gradient_accumulation_steps=3", "sampling.mode=annealed"),
         ("freezing.lora_rank=4", "optimizer.learning_rate=1e-2"),
         ("freezing.gradual=true", "freezing.linear_probe_ratio=0.2", "optimizer.layer_decay=0.8"),
-        ("run.precision=bfloat16", "optimizer.schedule=cosine"),
+        ("run.precision=bfloat16",),
         ("losses.preserve_weight=0.5", "losses.preserve_mode=both", "model.encoder_dropout=0"),
     ],
     ids=lambda settings: settings[0].partition("=")[2] + " " + settings[0].partition("=")[0],
@@ -207,14 +205,13 @@ def test_what_no_task_reads_stays_even_with_decay_and_surgery(workshop):
     assert torch.equal(model.encoder.pooler.dense.weight, workshop.start.pooler.dense.weight)
 
 
-def test_surgery_joins_gradients_as_the_papers_say():
+def test_surgery_joins_gradients_as_its_paper_says():
     parameter = torch.nn.Parameter(torch.zeros(2))
-    for method, first, second, expected in (
-        ("pcgrad", [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]),  # at right angles: the sum
-        ("upgrad", [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]),
-        ("pcgrad", [1.0, 0.0], [-1.0, 1.0], [0.5, 1.5]),  # in conflict: each without what hurts the other
+    for first, second, expected in (
+        ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]),  # at right angles: the sum
+        ([1.0, 0.0], [-1.0, 1.0], [0.5, 1.5]),  # in conflict: each without what hurts the other
     ):
-        surgery = GradientSurgery(method, [parameter])
+        surgery = GradientSurgery([parameter])
         for task, gradient in (("a", first), ("b", second)):
             parameter.grad = torch.tensor(gradient)
             surgery.collect(task)
@@ -276,13 +273,6 @@ def test_a_run_can_be_watched_in_tensorboard(workshop):
             workshop.train("mood", settings=("run.report_to=trackio",))
 
 
-def test_the_best_checkpoint_is_kept_and_a_hopeless_run_stops_early(workshop):
-    settings = ("run.evaluations=8", "run.patience=1", "optimizer.learning_rate=0", "optimizer.head_learning_rate=0")
-    _, output = workshop.train("mood", settings=(*settings, "tasks.mood.epochs=16"))
-    averages = [x["eval_average"] for x in json.loads((output / "history.json").read_text()) if "eval_average" in x]
-    assert len(averages) == 2, "the second evaluation is no better than the first, so the run ends there"
-
-
 @pytest.mark.parametrize("adapters", [0, 2])
 def test_the_best_checkpoint_becomes_the_final_model(workshop, monkeypatch, adapters):
     averages, seen = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5]), []
@@ -299,16 +289,6 @@ def test_the_best_checkpoint_becomes_the_final_model(workshop, monkeypatch, adap
     assert len(seen) == 6, "the rehearsal, four evaluations and the final one"
     assert torch.equal(model.heads["mood"].classifier.weight, workshop.best)
     assert torch.equal(MultiTaskModel.from_pretrained(output / "final").heads["mood"].classifier.weight, workshop.best)
-
-
-def test_patience_goes_on_counting_after_a_resume(workshop):
-    settings = ("run.evaluations=8", "run.patience=2", "optimizer.learning_rate=0", "optimizer.head_learning_rate=0")
-    _, output = workshop.train("mood", settings=settings)
-    whole = newest_checkpoint(output).name
-    (newest_checkpoint(output) / COMPLETE).unlink()  # killed while it wrote the last one
-    (output / "metrics.json").unlink()
-    workshop.train("mood", settings=settings, output=output, resume=True)
-    assert newest_checkpoint(output).name == whole
 
 
 def test_a_data_set_without_a_validation_split_trains_unmeasured(workshop):

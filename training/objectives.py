@@ -1,6 +1,5 @@
 """Objectives: the loss of each kind of task, the loss that keeps the embedding, and how losses are weighed."""
 
-import math
 from typing import Any
 
 import torch
@@ -51,31 +50,27 @@ def label_counts(spec: TaskSpec, labels: list[Any]) -> Tensor:
 def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: TaskRecipe, weights: Tensor | None) -> Tensor:
     """Returns the mean loss over the labels that are not -100; zero (with a graph) if there are none.
 
-    Without class weights, focal exponent and smoothing this is the model's own `task_loss`.
+    Without class weights and focal exponent this is the model's own `task_loss`.
 
     Args:
         spec: The head.
         logits: float [B, C] or [B, T, C].
         labels: As for `task_loss`.
-        task: Gives `focal_gamma` (Lin et al. 2017, Focal loss for dense object detection), `label_smoothing` and the labels
-            that its data set never marks.
+        task: Gives `focal_gamma` (Lin et al. 2017, Focal loss for dense object detection) and the labels that its data set never marks.
         weights: float [C], a factor per class; for multi-label tasks of each class's presence.
     """
     if task.unsaid and spec.problem_type != "multi_label_classification":  # there, what is never marked is missing
         outside = spec.labels.index("O") if spec.is_bio else None
         logits = fold_unsaid(logits.float(), unsaid_labels(task, spec.labels), outside)
-    if weights is None and not task.focal_gamma and not task.label_smoothing:
+    if weights is None and not task.focal_gamma:
         return task_loss(spec, logits, labels)
     logits, kept = logits.float(), labels != IGNORE_INDEX
     if spec.problem_type == "multi_label_classification":
-        target = labels.float() * (1 - task.label_smoothing) + task.label_smoothing / 2
-        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=weights)
+        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none", pos_weight=weights)
         certainty = torch.where(labels > 0.5, logits, -logits).sigmoid()
     else:
         classes = labels.clamp(min=0).long()
-        losses = F.cross_entropy(
-            logits.flatten(0, -2), classes.flatten(), weights, reduction="none", label_smoothing=task.label_smoothing
-        ).view_as(classes)
+        losses = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), weights, reduction="none").view_as(classes)
         certainty = logits.softmax(dim=-1).gather(-1, classes.unsqueeze(-1)).squeeze(-1)
     if task.focal_gamma:  # at a certainty of 1 the slope of a root would be infinite
         losses = losses * (1 - certainty).clamp(min=1e-6) ** task.focal_gamma
@@ -121,14 +116,11 @@ class LossWeights(nn.Module):
     Args:
         tasks: The recipe's tasks.
         weighting: The recipe's `losses.weighting`.
-        num_labels: Number of labels of each task with a head.
     """
 
-    def __init__(self, tasks: dict[str, TaskRecipe], weighting: str, num_labels: dict[str, int]) -> None:
+    def __init__(self, tasks: dict[str, TaskRecipe], weighting: str) -> None:
         super().__init__()
         self.fixed = {name: task.loss_weight for name, task in tasks.items()}
-        if weighting == "log_labels":  # a task of one number, or of none, counts like one of two labels
-            self.fixed = {name: weight / math.log(max(2, num_labels.get(name, 2))) for name, weight in self.fixed.items()}
         self.log_variances = None
         if weighting == "uncertainty":
             self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in tasks})

@@ -69,8 +69,6 @@ def task_order(counts: dict[str, int], once: dict[str, int], sampling: SamplingR
         order = rng.sample(order, len(order))
         # The last step is filled up with one more batch of as many tasks as it needs.
         return order + (names * total)[: total - len(order)]
-    if sampling.mode == "round_robin":
-        return [names[i % len(names)] for i in range(total)]
     sizes = [once[name] for name in names]
     return [rng.choices(names, probabilities(sizes, sampling, i / total))[0] for i in range(total)]
 

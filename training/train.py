@@ -29,7 +29,6 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     AutoTokenizer,
-    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -242,9 +241,7 @@ def new_objective(recipe: Recipe, model: MultiTaskModel, streams: dict[str, Stre
         if recipe.tasks[name].class_weights != "none":  # which recipes refuse for regression
             given = [example["labels"][name] for x in streams.values() if name in x.tasks for example in x.examples]
             weights[name] = class_weights(label_counts(spec, given), recipe.tasks[name].class_weights)
-    loss_weights = LossWeights(
-        recipe.tasks, recipe.losses.weighting, {name: len(spec.labels) for name, spec in specs.items()}
-    )
+    loss_weights = LossWeights(recipe.tasks, recipe.losses.weighting)
     return Objective(streams, recipe.losses, loss_weights, weights, recipe.model.matryoshka_dims)
 
 
@@ -311,8 +308,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
     set_seed(recipe.run.seed)
     model, encoder = new_model(recipe, labels)
     check_model(model, recipe)
-    seed = recipe.run.seed if recipe.sampling.seed is None else recipe.sampling.seed
-    batches = BatchPlan(streams, recipe.sampling, tokenizer.pad_token_id, seed)
+    batches = BatchPlan(streams, recipe.sampling, tokenizer.pad_token_id, recipe.run.seed)
     args = training_arguments(output, recipe, len(batches) // recipe.sampling.gradient_accumulation_steps)
     encoder.to(args.device)
     if model.linear is not None:
@@ -321,10 +317,6 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         add_targets(streams, recipe, encoder, tokenizer.pad_token_id)
     freeze(model, recipe.freezing)
     objective = new_objective(recipe, model, streams)
-    callbacks = [UnfreezeOnSchedule(model, recipe.freezing), Clock()]
-    if recipe.run.patience is not None:
-        callbacks.append(EarlyStoppingCallback(recipe.run.patience))
-    weighting = recipe.losses.weighting
     trainer = MultiTaskTrainer(
         model=model,
         args=args,
@@ -333,10 +325,10 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         data_collator=unwrap_batch,
         processing_class=tokenizer,
         optimizers=(new_optimizer(model, recipe.optimizer, objective.loss_weights), None),
-        callbacks=callbacks,
+        callbacks=[UnfreezeOnSchedule(model, recipe.freezing), Clock()],
         objective=objective,
         evaluator=lambda: validate(model, tokenizer, recipe),
-        surgery=weighting if weighting in GRADIENT_SURGERY else None,
+        surgery=recipe.losses.weighting == GRADIENT_SURGERY,
     )
     return trainer, facts
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from common.recipe import Recipe, RecipeError
+from common.recipe import GRADIENT_SURGERY, Recipe, RecipeError
 from training.objectives import Objective
 
 KEPT = 2  # checkpoints, besides the best one
@@ -40,26 +40,18 @@ class Clock(TrainerCallback):
 
 
 class GradientSurgery:
-    """Collects the gradient of each task of a step on what they share, and joins them by a `torchjd` aggregator.
+    """Collects the gradient of each task of a step on what they share, and joins them by PCGrad (Yu et al. 2020).
 
     Args:
-        method: "pcgrad" (Yu et al. 2020, Gradient surgery for multi-task learning) or "upgrad" (Quinton and Rey 2024,
-            Jacobian descent for multi-objective optimization).
         shared: The parameters that all tasks train.
     """
 
-    def __init__(self, method: str, shared: list[nn.Parameter]) -> None:
+    def __init__(self, shared: list[nn.Parameter]) -> None:
         try:
-            from torchjd.aggregation import PCGrad, UPGrad
-
-            self.new_aggregator = {
-                "pcgrad": lambda count: PCGrad(),
-                "upgrad": lambda count: UPGrad(pref_vector=torch.ones(count)),  # of the sum, as all the others
-            }[method]
-            self.new_aggregator(1)  # some aggregators need more packages, and say so when they are made
+            from torchjd.aggregation import PCGrad
         except ImportError as error:
-            needed = "pip install 'torchjd[quadprog-projector]'"
-            raise RecipeError(f"losses.weighting is {method!r}; it needs torchjd: {needed}") from error
+            raise RecipeError(f"losses.weighting is {GRADIENT_SURGERY!r}; it needs torchjd: pip install torchjd") from error
+        self.join = PCGrad()
         self.shared = shared
         self.gradients: dict[str, Tensor] = {}
         self.touched: set[int] = set()
@@ -76,7 +68,7 @@ class GradientSurgery:
     def combine(self) -> None:
         """Gives the shared parameters the joined gradient."""
         matrix = torch.stack(list(self.gradients.values()))  # [tasks, parameters]
-        joined = self.new_aggregator(len(matrix)).to(matrix.device)(matrix)
+        joined = self.join(matrix)
         sizes = [x.numel() for x in self.shared]
         for i, (parameter, part) in enumerate(zip(self.shared, joined.split(sizes), strict=True)):
             if i in self.touched:  # the optimizer would decay what has a gradient of zero
@@ -99,7 +91,7 @@ class MultiTaskTrainer(Trainer):
     Args:
         objective: Gives a batch's losses.
         evaluator: Returns the metrics of the validation splits, "average" among them.
-        surgery: A method of `GRADIENT_SURGERY`, or None.
+        surgery: Whether the gradients of a step's tasks are joined by `GradientSurgery`.
     """
 
     def __init__(
@@ -107,7 +99,7 @@ class MultiTaskTrainer(Trainer):
         *args: Any,
         objective: Objective,
         evaluator: Callable[[], dict[str, float]] | None = None,
-        surgery: str | None = None,
+        surgery: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -117,9 +109,9 @@ class MultiTaskTrainer(Trainer):
         self.optimizer.register_step_post_hook(lambda *_: self.objective.loss_weights.zero_grad())
         self.sums: dict[str, tuple[float, int]] = {}
         self.surgery = None
-        if surgery is not None:
+        if surgery:
             named = [(name, x) for name, x in self.model.named_parameters() if x.requires_grad]
-            self.surgery = GradientSurgery(surgery, [x for name, x in named if not name.startswith("heads.")])
+            self.surgery = GradientSurgery([x for name, x in named if not name.startswith("heads.")])
         self.remove_callback(ProgressCallback)
         self.add_callback(TaskProgress())
 
@@ -233,7 +225,7 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
             f"sampling.gradient_accumulation_steps is {sampling.gradient_accumulation_steps}; the batches of a step must divide among {processes} "
             "processes: make it a multiple"
         )
-    if processes > 1 and recipe.losses.weighting not in ("fixed", "log_labels"):
+    if processes > 1 and recipe.losses.weighting != "fixed":
         raise RecipeError(f"losses.weighting is {recipe.losses.weighting!r}; it works in one process only")
     if run.report_to != "none" and find_spec(run.report_to) is None:
         raise RecipeError(f"run.report_to is {run.report_to!r}, which is not installed: pip install {run.report_to}")
@@ -244,9 +236,7 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         gradient_accumulation_steps=sampling.gradient_accumulation_steps // processes,
         train_sampling_strategy="sequential",  # the plan is shuffled
         num_train_epochs=1,
-        lr_scheduler_type=run_schedule(recipe),
         warmup_steps=recipe.optimizer.warmup_ratio,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
         seed=run.seed,
         use_cpu=not torch.accelerator.is_available(),
         bf16=run.precision == "bfloat16",
@@ -258,7 +248,6 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         save_strategy="steps",
         save_steps=every or run.save_steps,
         save_total_limit=None,  # old checkpoints go when the new one is whole, see _save_checkpoint
-        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
         load_best_model_at_end=every is not None,
         metric_for_best_model="average" if every else None,
         remove_unused_columns=False,
@@ -269,8 +258,3 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
     )
     args._n_gpu = min(1, args.n_gpu)  # several GPUs are torchrun's: DataParallel would take several batches for one
     return args
-
-
-def run_schedule(recipe: Recipe) -> str:
-    """Returns transformers' name of the recipe's learning rate schedule."""
-    return {"constant": "constant_with_warmup"}.get(recipe.optimizer.schedule, recipe.optimizer.schedule)
