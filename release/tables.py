@@ -1,0 +1,381 @@
+"""Tables and sentences that documents show between markers, each rendered from a folder's result files.
+
+A renderer takes the folder and returns Markdown, or None if what it needs has not been measured yet.
+"""
+
+import json
+import statistics
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.files import ROOT
+from common.recipe import SPLITS
+
+DIMENSIONS = ("384", "256", "128", "64")
+SET_NAMES = {
+    "wnut17": "WNUT-17",
+    "stsb": "STS-B",
+    "sts_unseen": "STS12–16, pairs unseen in STS-B",
+    "sick_r": "SICK-R",
+    "scifact": "SciFact",
+    "squad_sentences": "SQuAD sentences",
+    "clinc150": "CLINC150, 10 examples per label",
+    "hwu64": "HWU64, 10 examples per label",
+    "uner_ewt": "UNER-EWT",
+    "redocred": "Re-DocRED",
+    "crossner": "CrossNER",
+    "conll2003": "CoNLL-2003",
+    "vader_sentiment": "VADER's texts",
+    "emobank_sentiment": "EmoBank",
+    "newsmtsc": "NewsMTSC",
+    "tweet_sentiment": "TweetEval sentiment",
+}
+METRIC_NAMES = {"overlap@10": "nearest-neighbour overlap@10", "spearman": "Spearman", "ndcg@10": "nDCG@10"}
+
+
+def read(name: str, folder: Path = ROOT) -> dict[str, Any]:
+    """Returns a result file by its name without ending.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    path = folder / "results" / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; the documents of {folder} are rendered from it.")
+    return json.loads(path.read_text("utf-8"))
+
+
+def read_some(name: str, folder: Path) -> dict[str, Any] | None:
+    """Returns a result file, or None if there is none."""
+    return read(name, folder) if (folder / f"results/{name}.json").exists() else None
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def points(difference: float) -> str:
+    """Returns a difference of scores in points: of 0.012, it would read like one more measured value."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f} points".replace("-", "−")  # + 0.0: never minus zero
+
+
+# The tasks
+
+
+def results_table(folder: Path) -> str:
+    """Returns the test results, those of lower-cased texts where measured, and published figures."""
+    header = ["task", "test set (texts)", "metric", "this model", "lower-cased", "published, for comparison"]
+    rows = []
+    for key, task in read("tasks", folder).items():
+        name = task.get("results", "release")
+        found = read(name, folder)["tasks"][key]
+        lower = (read_some(f"{name}_lower", folder) or {"tasks": {}})["tasks"].get(key)
+        split = "" if found["split"] == "test" else f", {found['split']} split"
+        for metric in task["metrics"]:
+            others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in metric.get("published", []))
+            value = f"**{found['metrics'][metric['key']]:.3f}**"
+            rewritten = f"{lower['metrics'][metric['key']]:.3f}" if lower else ""
+            place = f"{task['dataset_name']} ({found['rows']:,}{split})"
+            rows.append([task["title"], place, metric["name"], value, rewritten, others])
+    return markdown(header, rows)
+
+
+def interval_table(folder: Path) -> str:
+    """Returns each main metric with its 95 % interval, and the calibration error."""
+    rows = []
+    for key, task in read("tasks", folder).items():
+        found, metric = read(task.get("results", "release"), folder)["tasks"][key], task["metrics"][0]
+        error = found["metrics"].get("calibration_error")
+        shown = "" if error is None else f"{error:.3f}"
+        rows.append([task["title"], task["dataset_name"], metric["name"], _with_interval(found, metric["key"]), shown])
+    return markdown(["task", "test set", "metric", "value (95 % interval)", "expected calibration error"], rows)
+
+
+def coverage_table(folder: Path) -> str | None:
+    """Returns how accuracy rises as answers of low confidence are left out."""
+    rows, shares = [], ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
+    for key, task in read("tasks", folder).items():
+        curve = read(task.get("results", "release"), folder)["tasks"][key].get("coverage")
+        if curve:
+            cells = [f"{curve[x]['accuracy']:.3f} ({curve[x]['min_score']:.2f})" if x in curve else "" for x in shares]
+            rows.append([task["title"], task["dataset_name"], *cells])
+    return markdown(["task", "test set", *(f"{float(x):.0%}" for x in shares)], rows) if rows else None
+
+
+def domain_table(folder: Path) -> str | None:
+    """Returns the main metric of each domain of the test sets that name domains."""
+    rows = []
+    for key, task in read("tasks", folder).items():
+        metric = task["metrics"][0]
+        for domain, found in read(task.get("results", "release"), folder)["tasks"][key].get("domains", {}).items():
+            if metric["key"] in found:
+                rows.append([task["title"], task["dataset_name"], domain, metric["name"], f"{found[metric['key']]:.3f}"])
+    return markdown(["task", "test set", "domain", "metric", "value"], rows) if rows else None
+
+
+def rivals_table(folder: Path) -> str | None:
+    """Returns this model beside spaCy's small pipeline and VADER on the same texts."""
+    found = read_some("rivals", folder)
+    if found is None:
+        return None
+    rows = []
+    for kind, metric in (("entities", "entity F1"), ("entities, lower case", "entity F1"), ("sentiment", "macro recall")):
+        for name, scores in found.get(kind, {}).items():
+            other = next(x for x in scores if x != "this model")
+            values = [f"**{scores['this model']:.3f}**", other, f"{scores[other]:.3f}"]
+            rows.append([kind, SET_NAMES.get(name, name), metric, *values])
+    return markdown(["task", "test set", "metric", "this model", "beside it", ""], rows)
+
+
+def transfer_table(folder: Path) -> str | None:
+    """Returns each task's main metric, trained alone and together with the others, and the difference.
+
+    Raises:
+        ValueError: A single-task run was measured on other rows.
+    """
+    described, rows = read("tasks", folder), []
+    for name, task in described.items():
+        file = f"single_{name.replace('/', '_')}"
+        if (single := read_some(file, folder)) is None:
+            continue
+        alone, metric = single["tasks"][name], task["metrics"][0]
+        shared = read(task.get("results", "release"), folder)["tasks"][name]
+        if (alone["split"], alone["sha256"]) != (shared["split"], shared["sha256"]):
+            raise ValueError(
+                f"results/{file}.json was measured on {alone['rows']} rows ({alone['split']}) and "
+                f"the run on all tasks on {shared['rows']} others ({shared['split']}); measure both on the same."
+            )
+        key = metric["key"]
+        values = [_with_interval(x, key) for x in (alone, shared)]
+        difference = points(shared["metrics"][key] - alone["metrics"][key])
+        rows.append([task["title"], metric["name"], *values, difference])
+    return markdown(["task", "metric", "trained alone", "joint training", "difference"], rows) if rows else None
+
+
+def _with_interval(found: dict[str, Any], key: str) -> str:
+    value = f"{found['metrics'][key]:.3f}"
+    if key not in found.get("intervals", {}):
+        return value
+    low, high = found["intervals"][key]
+    return f"{value} ({low:.3f} to {high:.3f})"
+
+
+# The embedding
+
+
+def embedding_table(folder: Path, metrics: int | None = None) -> str | None:
+    """Returns what the embedding reaches at each of its dimensions, by the first so many metrics of each test set."""
+    sets: dict[str, Any] = {}
+    for name in ("projection", "embedding"):  # the second has more sets, and wins
+        found = read_some(name, folder) or {}
+        sets |= found.get("test", found.get("sets", {}))
+    rows = []
+    for name in sorted(sets, key=lambda x: list(SET_NAMES).index(x) if x in SET_NAMES else len(SET_NAMES)):
+        full = sets[name][DIMENSIONS[0]]
+        for metric in list(full)[:metrics]:
+            title = f"{SET_NAMES.get(name, name)}, {METRIC_NAMES.get(metric, metric)}"
+            values = [sets[name][dim].get(metric) for dim in DIMENSIONS]
+            rows.append([title, *("" if x is None else f"{x:.3f}" for x in values)])
+    return markdown(["test set", *DIMENSIONS], rows) if rows else None
+
+
+# Speed and size
+
+
+def speed_table(folder: Path) -> str | None:
+    """Returns how long one way of working takes beside another."""
+    found = read_some("benchmarks", folder)
+    if found is None:
+        return None
+    rows = [
+        [row["ratio"], f"**{row['median']:.2f}**", "{:.2f} to {:.2f}".format(*row["quartiles"])] for row in found["ratios"]
+    ]
+    return markdown([f"{found['texts']:,} texts, {found['tokens']:,} tokens", "ratio", "interquartile range"], rows)
+
+
+def backend_table(folder: Path) -> str | None:
+    """Returns what each task reaches on each backend."""
+    found = read_some("onnx", folder)
+    if found is None:
+        return None
+    rows = []
+    for name, task in found["tasks"].items():
+        values = [f"{task[backend]:.3f}" for backend in ("torch", "onnx", "onnx-int8")]
+        rows.append([f"{name}, {task['metric']} ({task['rows']:,})", *values, points(task["points"]["onnx-int8"] / 100)])
+    return markdown(["task, validation split", "torch", "ONNX", "ONNX, int8", "int8 gives"], rows)
+
+
+def files_table(folder: Path) -> str | None:
+    """Returns the model's files with their sizes."""
+    about = {
+        "model.safetensors": "encoder, float32: all-MiniLM-L6-v2's own file",
+        "heads/model.safetensors": "task branch and heads, float16",
+        "2_Dense/model.safetensors": "projection to 256 dimensions, float32",
+        "tokenizer.json": "tokenizer: all-MiniLM-L6-v2's own file",
+    }
+    found = {name: folder / name for name in about if (folder / name).is_file()}
+    rows = [[f"`{name}`", about[name], f"{path.stat().st_size / 1e6:.1f} MB"] for name, path in found.items()]
+    return markdown(["file", "holds", "size"], rows) if rows else None
+
+
+def specification_table(folder: Path) -> str | None:
+    """Returns what the model is, from its configuration and its files."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not config.get("tasks"):
+        return None
+    layers, branch, width = config["num_hidden_layers"], config.get("num_task_layers", 0), config["hidden_size"]
+    heads = ", ".join(f"`{name}` ({_labels(task)})" for name, task in config["tasks"].items())
+    sizes = {name: (folder / name).stat().st_size / 1e6 for name in ("model.safetensors", "heads/model.safetensors")}
+    window = json.loads((folder / "sentence_bert_config.json").read_text("utf-8"))["max_seq_length"]
+    training = read_some("training", folder) or {}
+    counts = [f"{training[key] / 1e6:.1f} M {what}" for key, what in _PARAMETERS.items() if key in training]
+    rows = [
+        ["parameters", ", ".join(counts)],
+        [
+            "embedding",
+            f"{width} dimensions (upstream's), or {config['embedding_dim']} with prefixes of 128 and 64; unit length",
+        ],
+        ["heads", heads],
+        ["maximum length", f"{window} tokens per window; the multitask pipeline reads longer texts in overlapping windows"],
+        ["forward pass", f"embedding alone, or labels and entities alone: {layers} layers; everything: {layers + branch}"],
+        [
+            "files",
+            "encoder {:.0f} MB (float32, upstream's own file), branch and heads {:.0f} MB (float16)".format(*sizes.values()),
+        ],
+        ["language", "English; the encoder is uncased, the branch sees casing"],
+        ["license", "Apache-2.0 for code and weights; commercial use allowed, see [training and data](#training-and-data)"],
+        [
+            "`trust_remote_code`",
+            "not needed for `SentenceTransformer` and plain `AutoModel`; needed for labels and entities",
+        ],
+    ]
+    return markdown(["", ""], [row for row in rows if row[1]])
+
+
+_PARAMETERS = {"parameters": "in all", "trained": "of them trained (branch and heads)"}
+
+
+def _labels(task: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(x[2:] for x in task["labels"] if x[:2] in ("B-", "I-")))
+    return ", ".join(names) if names else f"{len(task['labels'])} labels"
+
+
+def licenses_table(folder: Path) -> str:
+    """Returns the data sets that the release trains on, with their licenses."""
+    sources = [x for x in read_sources().values() if "trains" in x["use"]]
+    rows = [[f"[{x['title']}]({x['link']})", x["license"], x["use"].rpartition(" ")[2]] for x in sources]
+    return markdown(["trained on", "license", "head"], rows)
+
+
+def data_table(folder: Path) -> str:
+    """Returns all data sets: name and link, license, rows, and what each is used for."""
+    rows = []
+    for source in read_sources().values():
+        counts = " / ".join(f"{source['rows'][x]:,}" if x in source["rows"] else "–" for x in SPLITS)
+        allowed = "" if source["commercial"] else " (research only)"
+        rows.append([f"[{source['title']}]({source['link']})", source["license"] + allowed, counts, source["use"]])
+    return markdown(["data", "license", "rows: train / validation / test", "used here"], rows)
+
+
+def read_sources() -> dict[str, dict[str, Any]]:
+    """Returns the data sets that training/sources.toml lists, by name."""
+    return tomllib.loads((ROOT / "training/sources.toml").read_text("utf-8"))
+
+
+def replaces_table(folder: Path) -> str:
+    """Returns this model beside the three models that it replaces; what has not been measured is left out."""
+    rows = [
+        ["vectors of your all-MiniLM-L6-v2 index stay valid", "yes", "yes: same file, same vectors"],
+        ["models to download, load and call", "3", "1"],
+        *_quality_rows(read_some("rivals", folder) or {}),
+        *_speed_rows(read_some("benchmarks", folder) or {}),
+        ["output", "three formats, no emotions", "one record, with 28 emotions, offsets and scores"],
+        ["your own label set", "another model to train and serve", "`add_task`, vectors unchanged"],
+    ]
+    return markdown(["", "MiniLM + VADER + spaCy small", "this model"], rows)
+
+
+def _quality_rows(rivals: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for kind, other, title in (("entities", "spaCy", "entity F1"), ("sentiment", "VADER", "sentiment macro recall")):
+        scores = list(rivals.get(kind, {}).values())
+        if scores:
+            values = [f"{statistics.mean(x[name] for x in scores):.3f}" for name in (other, "this model")]
+            rows.append([f"{title}, mean of {len(scores)} test sets", values[0], f"**{values[1]}**"])
+    return rows
+
+
+def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Returns the rows that results/benchmarks.json holds under "replaces": [{"title", "three", "one"}], values as text."""
+    return [[row["title"], row["three"], f"**{row['one']}**"] for row in found.get("replaces", [])]
+
+
+# Training
+
+
+def emissions(training: dict[str, Any]) -> dict[str, Any]:
+    """Returns the Hub's metadata on what the training emitted, in grams: time × power × the grid's intensity."""
+    hours, kilowatts = training["seconds"] / 3600, training["watts"] / 1000
+    return {
+        "emissions": round(hours * kilowatts * training["grams_per_kwh"]),
+        "source": f"estimated from the run's time, {training['watts_source']} and {training['grams_source']}",
+        "training_type": "fine-tuning",
+        "hardware_used": training["hardware_used"],
+    }
+
+
+def training_text(folder: Path) -> str | None:
+    """Returns the sentences on what the training took.
+
+    results/training.json holds `seconds`, `steps`, `hardware_used`, and the two assumptions: `watts` with `watts_source` and
+    `grams_per_kwh` with `grams_source`.
+    """
+    training = read_some("training", folder)
+    if training is None:
+        return None
+    hours = training["seconds"] / 3600
+    time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    return (
+        f"Training took {training['steps']:,} steps and {time} on {training['hardware_used']}: about "
+        f"{hours * training['watts']:,.0f} Wh at {training['watts']} W ({training['watts_source']}), or "
+        f"{emissions(training)['emissions']:,} g of CO₂ at {training['grams_per_kwh']} g/kWh ({training['grams_source']}).\n"
+    )
+
+
+def levers_tables(folder: Path) -> str | None:
+    """Returns the first release's single runs, one table for each group of results/levers.json."""
+    found = read_some("levers", folder)
+    if found is None:
+        return None
+    parts = []
+    for group in found.values():
+        columns = {key: title for key, title in group["columns"].items() if "cosine" not in key}
+        rows = [[name, *(f"{run[key]:.3f}" if key in run else "" for key in columns)] for name, run in group["runs"].items()]
+        parts.append(markdown(["run", *columns.values()], rows))
+    return "\n".join(parts)
+
+
+RENDERERS: dict[str, Callable[[Path], str | None]] = {
+    "backends": backend_table,
+    "coverage": coverage_table,
+    "data": data_table,
+    "domains": domain_table,
+    "embedding": lambda folder: embedding_table(folder, 1),
+    "embedding-all": embedding_table,
+    "files": files_table,
+    "intervals": interval_table,
+    "joint-training": transfer_table,
+    "levers": levers_tables,
+    "licenses": licenses_table,
+    "replaces": replaces_table,
+    "results": results_table,
+    "rivals": rivals_table,
+    "specification": specification_table,
+    "speed": speed_table,
+    "training": training_text,
+}
