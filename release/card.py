@@ -121,14 +121,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT)
     folder = parser.parse_args().folder
-    path = folder / "README.md"
-    if not path.exists():
-        print(f"{path} does not exist; nothing to render")
+    card = folder / "README.md"
+    if not card.exists():
+        print(f"{card} does not exist; nothing to render")
         return
-    for path in (path, *documents(folder)):
+    for path in (card, *documents(folder)):
         text = path.read_text("utf-8")
         try:
-            rendered = render_card(text, folder) if path.name == "README.md" else render(text, folder)
+            rendered = render_card(text, folder) if path == card else render(text, folder)
         except ValueError as error:
             sys.exit(f"{path}: {error}")
         write(path, run_examples(rendered, folder))

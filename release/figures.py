@@ -13,7 +13,7 @@ from typing import Any
 
 MISSING = "not measured yet"
 _FORMAT = re.compile(r"(?P<keys>.*?)(?: (?P<spec>[+,]*(?:\.\d+)?[df%])(?:/(?P<unit>[\d.e]+))?)?")
-FIGURE = re.compile(r"(<!-- = (?P<file>\S+) (?P<value>.*?) -->).*?(<!-- / -->)", re.DOTALL)
+FIGURE = re.compile(r"((?<!`)<!-- = (?P<file>\S+) (?P<value>.*?) -->).*?(<!-- / -->)", re.DOTALL)
 
 
 def render_figures(text: str, folder: Path) -> str:

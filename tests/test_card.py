@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from release import card
+from release.tables import RENDERERS
+from tests.conftest import ROOT
 
-MARKERS = "<!-- negative-transfer -->\n<!-- /negative-transfer -->\n"
+MARKERS = "<!-- joint-training -->\n<!-- /joint-training -->\n"
 DESCRIBED = {
     "ner": {"title": "names", "task_type": "token-classification", "dataset": "u/n", "dataset_name": "N"},
     "mood": {"title": "mood", "task_type": "text-classification", "dataset": "mood", "dataset_name": "M", "config": "c"},
@@ -73,11 +75,11 @@ def test_a_marker_for_data_gets_the_table_of_sources(folder):
 
 
 def test_tasks_alone_and_together(folder):
-    assert MARKERS in render(folder), "no single-task runs, no table"
+    assert "*Not measured yet.*" in render(folder), "no single-task runs, no table"
     write(folder, "single_ner", {"tasks": {"ner": measured("ner", 0.8249, intervals={"f1": [0.81, 0.84]})}})
     write(folder, "single_mood", {"tasks": {"mood": measured("mood", 0.4996, "validation")}})
     text = render(folder)
-    assert "| task | metric | alone | together | difference |\n" in text
+    assert "| task | metric | trained alone | joint training | difference |\n" in text
     assert "| names | f1, best | 0.825 (0.810 to 0.840) | 0.812 (0.800 to 0.825) | −1.2 points |\n" in text
     assert "| mood | macro_f1, best | 0.500 | 0.500 | +0.0 points |\n" in text
 
@@ -94,7 +96,7 @@ def test_what_the_training_took_and_emitted(folder):
     path = folder / "README.md"
     path.write_text(path.read_text() + "<!-- training -->\n<!-- /training -->\n")
     text = render(folder)
-    assert "1,200 steps took 2.5 hours on two threads. That is about 50 Wh at 20 W (assumed), and 25 g of CO₂" in text
+    assert "1,200 steps and 2.5 hours on two threads: about 50 Wh at 20 W (assumed), or 25 g of CO₂" in text
     found = yaml.safe_load(text.split("---")[1])["co2_eq_emissions"]
     assert found["emissions"] == 25 and found["hardware_used"] == "two threads" and "a guess" in found["source"]
     path.write_text(text)
@@ -108,6 +110,7 @@ def test_a_folder_without_results_or_marker_has_no_card_to_render(folder, monkey
     monkeypatch.setattr(sys, "argv", ["card", str(folder)])
     with pytest.raises(SystemExit, match=r"must hold <!-- results --> and <!-- /results --> once"):
         card.main()
+    (folder / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     (folder / "results/tasks.json").unlink()
     assert not card.can_render(folder)
     with pytest.raises(SystemExit, match=r"tasks.json is missing"):
@@ -135,12 +138,12 @@ def test_what_the_embedding_keeps_at_each_dimension(folder):
         folder, "projection", {"test": {"stsb": {dim: {"spearman": int(dim) / 1000} for dim in ("384", "256", "128", "64")}}}
     )
     with (folder / "README.md").open("a") as file:
-        file.write("<!-- projection -->\n<!-- /projection -->\n")
+        file.write("<!-- embedding -->\n<!-- /embedding -->\n")
     assert "| STS-B, Spearman | 0.384 | 0.256 | 0.128 | 0.064 |\n" in render(folder)
 
 
 def test_the_data_table_says_what_may_be_used_commercially():
-    lines = card.data_table().splitlines()
+    lines = RENDERERS["data"](ROOT).splitlines()
     vader = "| [VADER's rated texts](https://github.com/cjhutto/vaderSentiment) | MIT | 10,817 / 814 / 2,303 |"
     assert any(line.startswith(vader) for line in lines)
     assert any("TweetEval" in line and "(research only)" in line for line in lines)
