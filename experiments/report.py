@@ -12,12 +12,11 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from scipy.stats import t as student
+from scipy.stats import false_discovery_control, ttest_rel
 
 from common.files import ROOT
 from evaluation.plots import COLOURS
@@ -27,7 +26,11 @@ from release.card import fill
 # Readable on white and on black.
 GRAY = "#888888"
 TASKS = ("sentiment", "emotion", "ner", "similarity")
+MIN_SEEDS = 3  # of both settings, for a test
+RATE = 0.05  # of false discoveries among all bold cells of a budget
 Result = dict[str, Any]
+Found = dict[str, dict[str, list[Result]]]  # by table and setting
+Cell = tuple[str, str, str]  # table, row, key of the column
 # What one run gave, and half of the 95 % interval that other rows of the same kind could have given; None: unknown.
 Value = tuple[float, float | None]
 
@@ -63,9 +66,9 @@ COLUMNS = {
     "emotion_accuracy": Column("emotion, accuracy", _metric("emotion", "accuracy")),
     "ner": Column("entity F1", _metric("ner", "f1")),
     "ner_recall": Column("entity recall", _metric("ner", "recall")),
-    "similarity": Column("STS-B", _metric("similarity", "spearman")),
+    "similarity": Column("STS-B, Spearman", _metric("similarity", "spearman")),
     "average": Column("average", lambda result: (result["average"], None)),
-    "kept": Column("neighbours kept", lambda result: _measured(result["drift"], "neighbours_at_10")),
+    "kept": Column("overlap@10", lambda result: _measured(result["drift"], "neighbours_at_10")),
     "cosine": Column("cosine to the start", lambda result: _measured(result["drift"], "cosine_raw")),
     "seconds": Column("processor, s", _cost("processor_seconds"), 0, compared=False),
     "memory": Column("memory, MB", _cost("peak_memory_mb"), 0, compared=False),
@@ -73,16 +76,16 @@ COLUMNS = {
 }
 
 
-def load(budget: str, folder: Path = RESULTS) -> dict[str, dict[str, list[Result]]]:
+def load(budget: str, folder: Path = RESULTS) -> Found:
     """Returns the results of a budget by table and setting, those of a setting in the order of their seeds."""
-    found: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    found: Found = defaultdict(lambda: defaultdict(list))
     results = [json.loads(path.read_text("utf-8")) for path in (folder / budget).glob("*/*.json")]
     for result in sorted(results, key=lambda result: result["seed"]):
         found[result["table"]][result["name"]].append(result)
     return found
 
 
-def rows_of(table: str, grid: dict[str, Any], found: dict[str, dict[str, list[Result]]]) -> dict[str, list[Result]]:
+def rows_of(table: str, grid: dict[str, Any], found: Found) -> dict[str, list[Result]]:
     """Returns the results of a table's settings in the grid's order, those that it is compared with first."""
     names = [cell["name"] for cell in grid["tables"][table]["cells"]]
     rows = {name: found[table][name] for name in names if found.get(table, {}).get(name)}
@@ -95,62 +98,83 @@ def values(results: list[Result], column: Column) -> dict[int, Value]:
     return {seed: value for seed, value in read_all.items() if value is not None}
 
 
-def differs(values: dict[int, Value], reference: dict[int, Value]) -> bool:
-    """Returns whether two settings differ by more than noise.
+def p_value(values: dict[int, Value], reference: dict[int, Value]) -> float | None:
+    """Returns the two-sided p-value that two settings are equal, by a paired t-test over the seeds that both have.
 
-    With at least three seeds in common, the 95 % interval of their paired differences must leave out 0; with fewer, the
-    means must lie further apart than half of both bootstrap intervals together, which are of the measured rows.
+    None with fewer than three such seeds: no test is possible.
     """
     seeds = sorted(set(values) & set(reference))
-    if not seeds:
-        return False
-    differences = [values[seed][0] - reference[seed][0] for seed in seeds]
-    if len(seeds) >= 3:
-        noise = student.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / sqrt(len(seeds))
-    elif None in (values[seeds[0]][1], reference[seeds[0]][1]):
-        return False
-    else:
-        noise = sqrt(values[seeds[0]][1] ** 2 + reference[seeds[0]][1] ** 2)
-    return bool(abs(statistics.mean(differences)) > noise)
+    if len(seeds) < MIN_SEEDS:
+        return None
+    pairs = [(values[seed][0], reference[seed][0]) for seed in seeds]
+    if len({a - b for a, b in pairs}) == 1:  # no variance, no test statistic
+        return 1.0 if pairs[0][0] == pairs[0][1] else 0.0
+    return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
 
 
-def table(name: str, grid: dict[str, Any], found: dict[str, dict[str, list[Result]]], budget: str) -> str:
-    """Returns a table of the grid in Markdown, with the budget and the command above it."""
-    rows = rows_of(name, grid, found)
-    columns = [COLUMNS[key] for key in grid["tables"][name]["columns"]]
-    by_row = {row: [values(results, column) for column in columns] for row, results in rows.items()}
-    firsts = [next((x[i] for x in by_row.values() if x[i]), {}) for i in range(len(columns))]
-    nothing: list[dict[int, Value]] = [{} for _ in columns]  # a row whose counterpart has not run yet is compared with none
-    against = {
-        cell["name"]: by_row.get(cell["against"], nothing) for cell in grid["tables"][name]["cells"] if "against" in cell
-    }
-    lines = ["| setting | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, cells in by_row.items():
-        shown = [_shown(*x) for x in zip(cells, against.get(row, firsts), columns, strict=True)]
+def cells_of(name: str, grid: dict[str, Any], found: Found) -> dict[str, dict[str, dict[int, Value]]]:
+    """Returns the values by seed of a table's cells, by row and column."""
+    keys = grid["tables"][name]["columns"]
+    return {row: {key: values(results, COLUMNS[key]) for key in keys} for row, results in rows_of(name, grid, found).items()}
+
+
+def comparisons(name: str, grid: dict[str, Any], found: Found) -> dict[Cell, float]:
+    """Returns the p-value of every cell that is compared: with the row that it is named after, or the table's first."""
+    rows = cells_of(name, grid, found)
+    against = {cell["name"]: cell["against"] for cell in grid["tables"][name]["cells"] if "against" in cell}
+    tested = {}
+    for row, cells in rows.items():
+        for key in [key for key in cells if COLUMNS[key].compared]:
+            first = next((x for x in rows if rows[x][key]), row)
+            other = against.get(row, first)
+            p = None if other == row else p_value(cells[key], rows.get(other, {}).get(key, {}))
+            if p is not None:
+                tested[name, row, key] = p
+    return tested
+
+
+def significant(grid: dict[str, Any], found: Found) -> set[Cell]:
+    """Returns the cells of all tables that differ at a false discovery rate of `RATE` (Benjamini and Hochberg 1995)."""
+    tables = [name for name in found if name != "base" and not grid["tables"][name].get("gradients")]
+    tested = {cell: p for name in sorted(tables) for cell, p in comparisons(name, grid, found).items()}
+    if not tested:
+        return set()
+    adjusted = false_discovery_control(list(tested.values()), method="bh")
+    return {cell for cell, p in zip(tested, adjusted, strict=True) if p <= RATE}
+
+
+def table(name: str, grid: dict[str, Any], found: Found, budget: str, bold: set[Cell]) -> str:
+    """Returns a table of the grid in Markdown, with the budget and the command above it; `bold` cells stand out."""
+    rows = cells_of(name, grid, found)
+    keys = grid["tables"][name]["columns"]
+    titles = [COLUMNS[key].title for key in keys]
+    lines = ["| setting | " + " | ".join(titles) + " |", "|---" * (len(keys) + 1) + "|"]
+    for row, cells in rows.items():
+        shown = [_shown(cells[key], COLUMNS[key], (name, row, key) in bold) for key in keys]
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    halves = [[half for x in by_row.values() for _, half in x[i].values() if half] for i in range(len(columns))]
+    halves = [[half for cells in rows.values() for _, half in cells[key].values() if half] for key in keys]
     shown = [f"*±{statistics.mean(half):.3f}*" if half else "" for half in halves]
     lines.append("| *half of a single value's 95 % interval* | " + " | ".join(shown) + " |")
-    return f"{heading(name, rows, grid, budget)}\n\n" + "\n".join(lines) + "\n"
+    return f"{heading(name, rows_of(name, grid, found), grid, budget)}\n\n" + "\n".join(lines) + "\n"
 
 
-def _shown(cell: dict[int, Value], reference: dict[int, Value], column: Column) -> str:
+def _shown(cell: dict[int, Value], column: Column, bold: bool) -> str:
     if not cell:
         return ""
     mean = f"{statistics.mean(value for value, _ in cell.values()):.{column.decimals}f}"
-    return f"**{mean}**" if column.compared and cell is not reference and differs(cell, reference) else mean
+    return f"**{mean}**" if bold else mean
 
 
 def heading(name: str, rows: dict[str, list[Result]], grid: dict[str, Any], budget: str) -> str:
-    """Returns how the numbers of a table came about."""
+    """Returns how the values of a table were measured."""
     seeds = [len(results) for results in rows.values()]
     count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     about = grid["tables"][name].get("about", grid["budgets"][budget]["about"])
     return f"`python -m experiments.run {name} --budget {budget}`: {about}; mean of {count} seed{'' if max(seeds) == 1 else 's'}."
 
 
-def conflict_table(grid: dict[str, Any], found: dict[str, dict[str, list[Result]]], budget: str) -> str:
-    """Returns the mean cosine of each pair of losses over the run, once the start is left behind."""
+def conflict_table(grid: dict[str, Any], found: Found, budget: str) -> str:
+    """Returns the mean cosine of each pair of losses over the run, after its start."""
     rows = rows_of("conflicts", grid, found)
     pairs = sorted({pair for results in rows.values() for x in results for pair in x["gradients"][0]["cosines"]})
     lines = ["| the gradients of | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
@@ -168,13 +192,14 @@ def conflict_table(grid: dict[str, Any], found: dict[str, dict[str, list[Result]
 
 
 def render(text: str, results: Path = RESULTS) -> str:
-    """Returns discussion.md with all its tables made anew."""
+    """Returns discussion.md with all its tables rendered again."""
     grid = tomllib.loads(GRID.read_text("utf-8"))
     for budget in grid["budgets"]:
         found = load(budget, results)
+        bold = significant(grid, found)
         for name in set(found) - {"base"}:
             gradients = grid["tables"][name].get("gradients")
-            made = conflict_table(grid, found, budget) if gradients else table(name, grid, found, budget)
+            made = conflict_table(grid, found, budget) if gradients else table(name, grid, found, budget, bold)
             text = fill(text, f"experiment-{budget}-{name}", made)
     return text
 
@@ -205,8 +230,8 @@ def _finish(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, transparent=True)
 
 
-def draw_trade(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
-    """Draws what the tasks gain against what of the embedding is kept, for all settings that train all tasks."""
+def draw_trade(found: Found, path: Path) -> None:
+    """Draws the average task score over the nearest-neighbour overlap, for all settings that train all tasks."""
     figure, axes = _axes(9.5, 5)
     points = [
         (statistics.mean(x["drift"]["metrics"]["neighbours_at_10"] for x in results),
@@ -217,13 +242,13 @@ def draw_trade(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
     ]  # fmt: skip
     for number, (kept, average, colour, row) in enumerate(sorted(points), 1):
         axes.scatter(kept, average, color=colour, label=f"{number}  {row}")
-        above = (-4, 6) if number % 2 else (-4, -14)  # neighbours along the axis do not cover each other
+        above = (-4, 6) if number % 2 else (-4, -14)  # labels next to each other do not overlap
         axes.annotate(str(number), (kept, average), xytext=above, textcoords="offset points", fontsize=8, color=GRAY)
-    _label(axes, "neighbours kept, on texts of no task", "average of the four tasks")
+    _label(axes, "nearest-neighbour overlap@10, out-of-domain texts", "average of the four tasks")
     _finish(figure, path)
 
 
-def draw_sizes(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
+def draw_sizes(found: Found, path: Path) -> None:
     """Draws emotion's score over the number of its training texts, alone and with the other tasks."""
     figure, axes = _axes(7, 3.5)
     for colour, company in zip(COLOURS, ("alone", "with the others"), strict=False):
@@ -242,7 +267,7 @@ def draw_sizes(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
     _finish(figure, path)
 
 
-def draw_conflicts(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
+def draw_conflicts(found: Found, path: Path) -> None:
     """Draws the cosines between the tasks' gradients over a run."""
     figure, axes = _axes(8.5, 4)
     for results, style in zip(found.get("conflicts", {}).values(), ("-", "--"), strict=False):

@@ -32,7 +32,8 @@ SET_NAMES = {
     "newsmtsc": "NewsMTSC",
     "tweet_sentiment": "TweetEval sentiment",
 }
-METRIC_NAMES = {"overlap@10": "nearest-neighbour overlap@10", "spearman": "Spearman", "ndcg@10": "nDCG@10"}
+OVERLAP = "nearest-neighbour overlap@10"
+METRIC_NAMES = {"overlap@10": OVERLAP, "spearman": "Spearman", "ndcg@10": "nDCG@10"}
 
 
 def read(name: str, folder: Path = ROOT) -> dict[str, Any]:
@@ -354,7 +355,7 @@ def levers_tables(folder: Path) -> str | None:
         return None
     parts = []
     for group in found.values():
-        columns = {key: title for key, title in group["columns"].items() if "cosine" not in key}
+        columns = {key: OVERLAP if "neighbours" in key else title for key, title in group["columns"].items()}
         rows = [[name, *(f"{run[key]:.3f}" if key in run else "" for key in columns)] for name, run in group["runs"].items()]
         parts.append(markdown(["run", *columns.values()], rows))
     return "\n".join(parts)

@@ -165,41 +165,52 @@ def result(seed: int, value: float, half: float = 0.01) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "differ"),
+    ("pairs", "p"),
     [
-        ([(0.80, 0.81)], False),  # within both intervals: the root of two hundredths' squares
-        ([(0.80, 0.82)], True),
-        ([(0.80, 0.82), (0.80, 0.80)], False),  # two seeds: their means, by the intervals
-        ([(0.80, 0.81), (0.70, 0.71), (0.60, 0.6101)], True),  # three that agree
-        ([(0.80, 0.85), (0.70, 0.71), (0.60, 0.58)], False),  # three that do not
+        ([(0.80, 0.82), (0.80, 0.80)], None),  # two seeds: no test
+        ([(0.80, 0.85), (0.70, 0.71), (0.60, 0.58)], 0.58),
+        ([(0.80, 0.81), (0.70, 0.71), (0.60, 0.6101)], 0.0),
+        ([(0.8, 0.8), (0.7, 0.7), (0.6, 0.6)], 1.0),  # no variance
     ],
 )
-def test_a_difference_within_the_noise_is_none(pairs, differ):
+def test_settings_are_compared_by_a_paired_test_over_seeds(pairs, p):
     column = report.COLUMNS["ner"]
     old = report.values([result(seed, x) for seed, (x, _) in enumerate(pairs)], column)
     new = report.values([result(seed, y) for seed, (_, y) in enumerate(pairs)], column)
-    assert report.differs(new, old) is differ
+    found = report.p_value(new, old)
+    assert found is None if p is None else found == pytest.approx(p, abs=0.01)
 
 
-def test_a_table_compares_with_its_first_row(tmp_path):
-    grid = {
-        "budgets": {"small": {"about": "little"}},
-        "tables": {"taught": {"base": True, "columns": ["ner", "sentiment"], "cells": [{"name": "led"}, {"name": "later"}]}},
-    }
-    found = {"base": {"as it is": [result(0, 0.8)]}, "taught": {"led": [result(0, 0.9)]}}
-    assert report.table("taught", grid, found, "small") == (
-        "`python -m experiments.run taught --budget small`: little; mean of 1 seed.\n\n"
+def taught(**rows: list[float]) -> tuple[dict, dict]:
+    """A grid of one table, and its results by row and seed."""
+    cells = [{"name": name} for name in rows if name != "base"]
+    table = {"base": True, "columns": ["ner", "sentiment"], "cells": cells}
+    results = {name: [result(seed, x) for seed, x in enumerate(values)] for name, values in rows.items()}
+    found = {"base": {"base": results.pop("base")}, "taught": results}
+    return {"budgets": {"small": {"about": "little"}}, "tables": {"taught": table}}, found
+
+
+def test_a_table_compares_with_its_first_row():
+    grid, found = taught(base=[0.80, 0.81, 0.79], led=[0.90, 0.912, 0.89], same=[0.80, 0.80, 0.80])
+    bold = report.significant(grid, found)
+    assert report.table("taught", grid, found, "small", bold) == (
+        "`python -m experiments.run taught --budget small`: little; mean of 3 seeds.\n\n"
         "| setting | entity F1 | sentiment, macro recall |\n|---|---|---|\n"
-        "| as it is | 0.800 |  |\n| led | **0.900** |  |\n| *half of a single value's 95 % interval* | *±0.010* |  |\n"
+        "| base | 0.800 |  |\n| led | **0.901** |  |\n| same | 0.800 |  |\n"
+        "| *half of a single value's 95 % interval* | *±0.010* |  |\n"
     )
-    grid["tables"]["taught"] |= {"about": "its own data"}
-    grid["tables"]["taught"]["cells"][1] = {"name": "later", "against": "led"}
-    found["taught"]["later"] = [result(0, 0.9)]
-    table = report.table("taught", grid, found, "small")
-    assert "--budget small`: its own data; mean" in table
-    assert "| led | **0.900** |  |\n| later | 0.900 |  |" in table, "as the row that it is compared with"
+    grid["tables"]["taught"]["cells"][1] |= {"against": "led"}
+    assert ("taught", "same", "ner") in report.significant(grid, found), "it is compared with the row it is named after"
     del found["taught"]["led"]
-    assert "| later | 0.900 |  |" in report.table("taught", grid, found, "small"), "not compared with another in its place"
+    assert not report.significant(grid, found), "and with no other in its place"
+
+
+def test_many_comparisons_are_corrected_for():
+    """A difference that is significant alone is not so among many that are none."""
+    rows = {f"noise {i}": [0.80 + i / 1000, 0.81, 0.79] for i in range(30)}
+    grid, found = taught(base=[0.80, 0.81, 0.79], led=[0.82, 0.8255, 0.811], **rows)
+    alone = report.comparisons("taught", grid, found)["taught", "led", "ner"]
+    assert 0.002 < alone < 0.05 and ("taught", "led", "ner") not in report.significant(grid, found)
 
 
 def test_a_row_is_compared_with_one_of_its_table():
