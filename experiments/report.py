@@ -133,10 +133,15 @@ def comparisons(name: str, grid: dict[str, Any], found: Found) -> dict[Cell, flo
     return tested
 
 
+def all_comparisons(grid: dict[str, Any], found: Found) -> dict[Cell, float]:
+    """Returns the p-value of every compared cell of all tables."""
+    tables = [name for name in found if name != "base" and not grid["tables"][name].get("gradients")]
+    return {cell: p for name in sorted(tables) for cell, p in comparisons(name, grid, found).items()}
+
+
 def significant(grid: dict[str, Any], found: Found) -> set[Cell]:
     """Returns the cells of all tables that differ at a false discovery rate of `RATE` (Benjamini and Hochberg 1995)."""
-    tables = [name for name in found if name != "base" and not grid["tables"][name].get("gradients")]
-    tested = {cell: p for name in sorted(tables) for cell, p in comparisons(name, grid, found).items()}
+    tested = all_comparisons(grid, found)
     if not tested:
         return set()
     adjusted = false_discovery_control(list(tested.values()), method="bh")
@@ -197,6 +202,11 @@ def render(text: str, results: Path = RESULTS) -> str:
     for budget in grid["budgets"]:
         found = load(budget, results)
         bold = significant(grid, found)
+        if f"<!-- comparisons-{budget} -->" in text:
+            tested = all_comparisons(grid, found)
+            alone = sum(p <= RATE for p in tested.values())
+            counts = f"Of {len(tested)} comparisons, {alone} have p ≤ {RATE} and {len(bold)} remain after the correction.\n"
+            text = fill(text, f"comparisons-{budget}", counts)
         for name in set(found) - {"base"}:
             gradients = grid["tables"][name].get("gradients")
             made = conflict_table(grid, found, budget) if gradients else table(name, grid, found, budget, bold)

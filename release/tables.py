@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from common.files import ROOT
-from common.recipe import SPLITS
 
 DIMENSIONS = ("384", "256", "128", "64")
 SET_NAMES = {
@@ -277,7 +276,9 @@ def data_table(folder: Path) -> str:
     """Returns all data sets: name and link, license, rows, and what each is used for."""
     rows = []
     for source in read_sources().values():
-        counts = " / ".join(f"{source['rows'][x]:,}" if x in source["rows"] else "–" for x in SPLITS)
+        counts = " / ".join(
+            f"{source['rows'][x]:,}" if x in source["rows"] else "–" for x in ("train", "validation", "test")
+        )
         allowed = "" if source["commercial"] else " (research only)"
         rows.append([f"[{source['title']}]({source['link']})", source["license"] + allowed, counts, source["use"]])
     return markdown(["data", "license", "rows: train / validation / test", "used here"], rows)
