@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_input(args: argparse.Namespace) -> None:
     if bool(args.texts) == bool(args.input):
-        raise InputError("give either texts or --input FILE, not both and not neither")
+        raise InputError("give texts or --input FILE, one of the two")
     if args.num_workers < 1:
         raise InputError(f"--num-workers is {args.num_workers}; it must be at least 1")
     if args.engine == "ray":

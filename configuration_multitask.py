@@ -347,7 +347,7 @@ class MultiTaskConfig(PretrainedConfig):
             raise ValueError(f"{pretrained_model_name_or_path}: config.json: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes `config.json`; in a release folder it goes on naming the release's weight index."""
+        """Writes `config.json`; in a release folder it keeps naming the release's weight index."""
         super().save_pretrained(save_directory, **kwargs)
         if Path(save_directory, WEIGHTS_INDEX).exists():
             path = Path(save_directory, "config.json")

@@ -3,13 +3,13 @@
     {"inputs": ["a text", "another"], "parameters": {"tasks": ["sentiment", "ner"], "embedding": false}}
 
 `inputs` is a text or a list of texts; `parameters` may be left out. The answer is a list with a record per text, as
-`MultiTaskPipeline` gives it, the embedding as a list of floats. In place of an item that is no text stands
-`{"error": "inputs[3] is 5 (int), not a text."}`, and the others are answered. A request that is wrong as a whole raises a
+`MultiTaskPipeline` gives it, the embedding as a list of floats. An item that is not a text is answered by
+`{"error": "inputs[3] is 5 (int), not a text."}`, and the others are answered. An invalid request raises a
 ValueError: the server (huggingface-inference-toolkit) answers every exception with status 400 and `{"error": message}`.
 A returned error would go out with status 200, which clients take for success.
 
 The containers come with transformers 4, which does not know the weight index of a release, so `AutoModel` cannot load one
-there. This file reads the weights by itself, the same way everywhere. Tried with transformers 4.51.3, 4.57.6 and 5.23.0
+there. This file reads the weights itself, the same way everywhere. Tried with transformers 4.51.3, 4.57.6 and 5.23.0
 (torch 2.13, Python 3.11).
 """
 
@@ -71,14 +71,14 @@ class EndpointHandler:
         self.pipeline("warm up")
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        """Returns one record per text, ready for JSON, or `{"error": message}` for an item that is no text.
+        """Returns one record per text, ready for JSON, or `{"error": message}` for an item that is not a text.
 
         Args:
             data: The request, see above. `tasks` names the heads to compute (default all), `embedding` says whether to
                 give the embedding (default true; "encoder": the encoder's own), `min_score` from which score on to answer.
 
         Raises:
-            ValueError: The request as a whole is not allowed; the message names the field and what is.
+            ValueError: The request is invalid; the message names the field, its value and what is allowed.
         """
         if not isinstance(data, dict):
             raise ValueError(f'The request is a {type(data).__name__}; allowed: an object such as {{"inputs": "a text"}}.')

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 try:
-    if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
+    if not TYPE_CHECKING:  # mypy checks these files outside a package
         from .configuration_multitask import SEQUENCE, TOKEN, TaskSpec, check_task_name, is_number
         from .pipeline_multitask import Window, length_batches, mean_over_windows, text_chunks, text_problem
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
@@ -37,7 +37,7 @@ PROBLEMS = {LABEL: "single_label_classification", LABELS: "multi_label_classific
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # of the penalty on squared weights, the strongest first
 USUAL_STRENGTH = 0.03
 FOLDS = 5
-CROSS_VALIDATED = 2000  # up to so many rows each fifth is held out in turn; of more rows, only the first
+CROSS_VALIDATED = 2000  # up to this many rows each fifth is held out in turn; with more rows, only the first
 CHOSEN_ON = 20_000  # rows are enough to choose the strength
 MOST_ITERATIONS = 60
 TEMPERATURES = np.geomspace(0.05, 20, 61)

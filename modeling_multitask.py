@@ -30,7 +30,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 try:
-    if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
+    if not TYPE_CHECKING:  # mypy checks these files outside a package
         from .configuration_multitask import CASINGS, READS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
         from .weights_multitask import WeightsError, check_stored, loading_problems, not_finite, refuse
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts

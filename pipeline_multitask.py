@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file
 
 try:
-    if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
+    if not TYPE_CHECKING:  # mypy checks these files outside a package
         from .configuration_multitask import CASINGS, is_number
         from .weights_multitask import sha256
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
@@ -39,7 +39,7 @@ MOST_MARKS = 30
 ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_quantized.onnx"}
 BACKENDS = ("torch", *ONNX_FILES)
 # An ONNX session computes its whole graph. Of a model with a task branch, two more files hold the graph of the embeddings
-# alone and that of the logits alone; their weights are those in the file of the whole graph, which lies beside them.
+# alone and that of the logits alone; their weights are those in the file of the whole graph, which is beside them.
 ONNX_PARTS = ("embedding", "tasks")
 # Which of the model's outputs a record holds, by the option `embedding`.
 VECTORS: dict[bool | str, str | None] = {True: "sentence_embedding", False: None, "encoder": "encoder_embedding"}
@@ -282,7 +282,7 @@ class OnnxModel:
             whole = session.get_modelmeta().custom_metadata_map.get("weights_sha256")
             if whole and whole != sha256(self.paths[""]):
                 raise ValueError(
-                    f"{path} is of another export than {self.paths['']}; write both anew: python -m release.onnx"
+                    f"{path} is of another export than {self.paths['']}; export both again: python -m release.onnx"
                 )
             self.sessions[path] = session
         return self.sessions[path]
@@ -442,10 +442,10 @@ class MultiTaskPipeline(Pipeline):
     - `"labels"`: maps each sequence task to `{"label", "score", "scores"}`; a multi-label task to `{"labels", "scores"}`;
       a regression task to `{"values"}`;
     - `"entities"`: maps each token task to a list of `{"entity_group", "score", "word", "start", "end"}` in the order
-      of the text, where `text[start:end] == word`. A task whose labels are no BIO scheme lists every word.
+      of the text, where `text[start:end] == word`. A task whose labels are not a BIO scheme lists every word.
 
-    A text that is longer than the model's window is read in windows that overlap by a quarter. A word is judged in
-    the window that shows most of its surroundings; class logits and embeddings are averages over the windows,
+    A text that is longer than the model's window is read in windows that overlap by a quarter. A word is labelled in
+    the window that shows most of its context; class logits and embeddings are averages over the windows,
     weighted by their tokens.
 
     Args:
@@ -601,7 +601,7 @@ def text_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     """Yields the texts in lists of bounded size, in their order.
 
     Raises:
-        ValueError: An item is no text; the message names its index.
+        ValueError: An item is not a text; the message names its index.
     """
     chunk: list[str] = []
     characters = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 try:
-    if not TYPE_CHECKING:  # mypy checks these files as they lie in the repository, without a package
+    if not TYPE_CHECKING:  # mypy checks these files outside a package
         from .configuration_multitask import MultiTaskConfig, is_inside
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
     from configuration_multitask import MultiTaskConfig, is_inside

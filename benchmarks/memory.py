@@ -59,7 +59,7 @@ def write_texts(path: Path, rows: int) -> Path:
 
 
 def peak_memory(model: Path, rows: int, folder: Path) -> int:
-    """Returns how many bytes of memory annotating so many rows took at most.
+    """Returns the peak memory, in bytes, of annotating this many rows.
 
     Raises:
         CalledProcessError: annotate.py has failed; it has said why.

@@ -3,7 +3,7 @@
     python -m benchmarks.own_task . --data FOLDER
 
 FOLDER holds clinc150/ and hwu64/ with train.parquet and test.parquet. Each cell is measured once and kept in
-results/own_task.json; run again, the command goes on with the cells that are missing.
+results/own_task.json; run again, the command computes the missing cells.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def rows_of(folder: Path, split: str) -> Rows:
 
 
 def draw(rows: Rows, per_label: int | None, labels: int | None, seed: int, test: Rows) -> tuple[Rows, Rows]:
-    """Returns so many training rows of each label, drawn by the seed, and the test rows of the same labels."""
+    """Returns the given number of training rows per label, sampled with the seed, and the test rows of the same labels."""
     rng, names = np.random.default_rng(seed), sorted(set(rows[1]))
     kept = names if labels is None else list(rng.permutation(names)[:labels])
     found = np.array(rows[1])

@@ -75,7 +75,7 @@ Job = Callable[[], int | None]  # does the work once; returns how many entities 
 
 
 def read_texts(data: Path, count: int) -> list[str]:
-    """Returns so many texts: half tweets, the rest sentences of the news, and one in twenty a longer document."""
+    """Returns the given number of texts: half tweets, the rest sentences of the news, and one in twenty a longer document."""
     documents = count // 20
     sentences = [" ".join(tokens) for tokens in load_split(str(data / "conll2003"), "test", ["tokens"])["tokens"]]
     tweets = load_split(str(data / "tweet_sentiment"), "test", ["text"])["text"]
@@ -107,7 +107,7 @@ def forward_jobs(pipe: Any, texts: list[str]) -> dict[str, Job]:
 
 
 def three_passes(pipe: Any, texts: list[str]) -> Job:
-    """Returns what people do without a shared encoder: an embedding, a sentiment and an entity model, each by itself."""
+    """Returns what people do without a shared encoder: separate embedding, sentiment and entity models."""
     heads = sorted(pipe.model.config.task_specs.items(), key=lambda item: item[1].kind)
     singles = [heads[0][0], heads[-1][0]]  # one of texts, one of words: what a model for each alone would compute
 

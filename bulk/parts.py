@@ -113,7 +113,7 @@ class Output:
 
 @contextmanager
 def durable(path: Path, folder: Path) -> Iterator[BinaryIO]:
-    """Opens a file that gets its name only once it is complete and on the disk; until then it lies in `folder`."""
+    """Opens a file that gets its name only once it is complete and on the disk; until then it is in `folder`."""
     temporary = folder / f"{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as stream:
@@ -137,7 +137,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_json(path: Path, fields: dict[str, Any], folder: Path) -> None:
-    """Writes a durable JSON file; until it is complete it lies in `folder`."""
+    """Writes a durable JSON file; until it is complete it is in `folder`."""
     with durable(path, folder) as stream:
         stream.write(json.dumps(fields, indent=2).encode())
 

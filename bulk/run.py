@@ -100,7 +100,7 @@ def _open(output: Output, identity: dict[str, Any], resume: bool) -> None:
 
 @contextmanager
 def _parts_kept(output: Output) -> Iterator[None]:
-    """Adds to any error where the finished parts are; if there are none, the run is not worth resuming."""
+    """Notes on any error where the finished parts are; without any, there is nothing to resume."""
     try:
         yield
     except BaseException as error:

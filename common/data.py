@@ -314,7 +314,7 @@ def _texts(data: Dataset, column: str, where: str) -> list[str]:
     texts = list(data[column])
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            raise DataError(f"{where}, row {row}, column {column}: {text!r:.50} is no text.")
+            raise DataError(f"{where}, row {row}, column {column}: {text!r:.50} is not a text.")
     return texts
 
 
@@ -416,7 +416,9 @@ def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) 
     rows = []
     for row, (tokens, tags) in enumerate(zip(data[task.text_columns[0]], data[column], strict=True)):
         if not isinstance(tokens, list) or not isinstance(tags, list) or not all(isinstance(x, str) for x in tokens):
-            raise DataError(f"{where}, row {row}: {tokens!r:.50} are no list of words, or {tags!r:.50} no list of tags.")
+            raise DataError(
+                f"{where}, row {row}: {tokens!r:.50} are not a list of words, or {tags!r:.50} is not a list of tags."
+            )
         if len(tokens) != len(tags):
             raise DataError(f"{where}, row {row}: {len(tokens)} {task.text_columns[0]} but {len(tags)} {column}.")
         ids = [label_id(tag, source, f"{where}, row {row}, column {column}, token {i}") for i, tag in enumerate(tags)]

@@ -73,7 +73,7 @@ class SourceRecipe:
         splits: The data set's own names of the splits "train", "validation" and "test", where they differ.
         source_labels: Label names in the order of the data set's ids, if the data set does not declare them.
         mapping: The data set's label names (for entities: its types) to the task's; "" for rows that then have no label, or
-            for types that are no entity. Left out: the names are the task's own. Where the column holds a list and the task
+            for types that are not entities. Left out: the names are the task's own. Where the column holds a list and the task
             one label, rows whose labels map to different ones have none.
         unsaid: Labels of the task (for entities: types) that this data set never marks, so that their absence means
             nothing: the loss takes the probability of an "O" as that of "O" or any of them.
@@ -484,7 +484,10 @@ def _head_problems(task: TaskRecipe) -> list[str]:
     if not task.has_head:
         return problems + ([f"head is {task.head}; a {task.kind} task has no head"] if task.head else [])
     if fixed := sorted({"kind", "labels", "loss_weight", "thresholds"} & set(task.head)):
-        return [*problems, f"head holds {fixed}; kind, labels and loss_weight stand beside it, thresholds come later"]
+        return [
+            *problems,
+            f"head holds {fixed}; kind, labels and loss_weight belong to the task itself, and thresholds are fitted later",
+        ]
     try:
         TaskSpec.from_dict("head", {"labels": task.labels or ["O", "B-X"], **task.head, "kind": task.kind})
     except ValueError as error:

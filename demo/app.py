@@ -111,7 +111,7 @@ def read_table(file: str | None) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of a csv file, each row as long as the header.
 
     Raises:
-        gr.Error: There is no file, it is too large, or it is no csv in UTF-8.
+        gr.Error: There is no file, it is too large, or it is not csv in UTF-8.
     """
     if file is None:
         raise problem("file is empty; upload a csv file first.")

@@ -32,7 +32,7 @@ class EncoderVectors:
 
     Args:
         encoder: Folder or Hub id that `SentenceTransformer` loads.
-        cache: Folder for the vectors, so that an interrupted run goes on where it was; None keeps nothing.
+        cache: Folder for the vectors, so that an interrupted run continues; None keeps nothing.
     """
 
     def __init__(self, encoder: str, cache: Path | None = None) -> None:

@@ -196,7 +196,7 @@ class Predictions:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """The head's probabilities, float [N, C]; multi-label: each by itself, otherwise they sum to one."""
+        """The head's probabilities, float [N, C]; multi-label: independent, otherwise they sum to one."""
         return expit(self.logits) if self.spec.problem_type == MULTI_LABEL else softmax(self.logits, axis=1)
 
     def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -191,7 +191,7 @@ def coverage(confidence: np.ndarray, correct: np.ndarray) -> dict[str, dict[str,
         correct: bool [items], whether it is right.
 
     Returns:
-        For each share of answers in `COVERAGE`, the `min_score` that leaves about so many, and their `accuracy`; none
+        For each share of answers in `COVERAGE`, the `min_score` that keeps about this share, and the `accuracy` of what it keeps; none
         without answers.
     """
     order = np.argsort(-confidence, kind="stable")

@@ -15,7 +15,7 @@ from common.recipe import Recipe
 from training.train import new_trainer
 from training.trainer import MultiTaskTrainer
 
-POINTS = 6  # measured before the first step, and so many times after it
+POINTS = 6  # measurements after the one before the first step
 BATCHES = 4  # of each task, the same ones each time
 
 

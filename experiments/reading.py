@@ -1,6 +1,6 @@
 """What the way of reading gives a trained model's entities: `python -m experiments.reading . --data DIR`, into results/reading.json.
 
-Measured on the validation split: sentences as they are; each word's best label by itself, in place of the best sequence that the
+Measured on the validation split: sentences as they are; the best label of each word on its own, in place of the best sequence that the
 BIO scheme allows; and sentences joined to passages, which show the model the sentences around each.
 """
 
@@ -30,7 +30,7 @@ RECIPE = ROOT / "training/recipes/research.toml"  # whose model this is about
 
 
 def joined(data: Dataset, rows: int) -> Dataset:
-    """Returns the data set with so many consecutive rows in one."""
+    """Returns the data set with this many consecutive rows joined into one."""
     columns = {
         name: [list(chain(*values[start : start + rows])) for start in range(0, len(values), rows)]
         for name, values in ((name, list(data[name])) for name in data.column_names)

@@ -1,6 +1,6 @@
 """Lints a release folder: `python -m release.check FOLDER` lists what is wrong with it and fails if anything is.
 
-If picklescan is installed (`pip install picklescan`), it looks through every file too.
+If picklescan is installed (`pip install picklescan`), it scans every file too.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def _read(path: Path) -> Any:
     """Returns a parsed JSON file.
 
     Raises:
-        ValueError: There is no such file, or it is no JSON.
+        ValueError: There is no such file, or it is not JSON.
     """
     try:
         return json.loads(path.read_text("utf-8"))
@@ -141,7 +141,7 @@ def _check_config(fields: dict[str, Any], config: MultiTaskConfig) -> list[str]:
         if fields.get(name) != value
     ]
     if "id2label" in fields or "label2id" in fields:
-        problems.append("config.json: id2label and label2id belong to no release; labels stand in 'tasks' alone")
+        problems.append("config.json: remove id2label and label2id; the labels of a release are in 'tasks' alone")
     return problems
 
 

@@ -170,7 +170,7 @@ def write_part(whole: Path, part: str, outputs: list[str]) -> None:
         values = tensor.raw_data
         if len(values) < SHARED_BYTES:
             continue
-        found = content.find(values, place)  # most weights lie in the order in which they are listed
+        found = content.find(values, place)  # most weights are stored in the order in which they are listed
         place = found if found >= 0 else content.index(values)
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -294,9 +294,9 @@ def parse_arguments() -> argparse.Namespace:
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         parser.error(f"{' and '.join(missing)} must be installed: pip install {' '.join(PACKAGES)}")
     if args.output is None and not Path(args.repo).is_dir():
-        parser.error(f"{args.repo} is no folder to write to; for a model on the Hub, give --output FOLDER")
+        parser.error(f"{args.repo} is not a folder; for a model on the Hub, give --output FOLDER")
     if args.output and args.data:
-        parser.error("--data measures what lies in REPO: leave out --output, or make REPO a copy of the repository")
+        parser.error("--data measures the files of REPO: omit --output, or make REPO a copy of the repository")
     return args
 
 

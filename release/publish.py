@@ -37,7 +37,7 @@ from release import golden, ways
 from release.card import can_render, render_card
 from release.check import check, git_files
 
-# Of a folder that is no git checkout, these are published; other files may be data, checkpoints or credentials.
+# Of a folder that is not a git checkout, these are published; other files may be data, checkpoints or credentials.
 _RELEASE_FILES = (
     "*.md", "*.py", "LICENSE", "config*.json", "modules.json", "sentence_bert_config.json", "tokenizer*.json", "vocab.txt",
     WEIGHTS_INDEX, "model.safetensors", "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "heads/model.safetensors",
@@ -80,7 +80,7 @@ def take_snapshot(folder: Path, repo_id: str, snapshot: Path) -> None:
     """Copies what is published to a new folder and checks the copy. A release without README.md gets a short one.
 
     Raises:
-        PublishError: The folder is no good release, a file is a link or holds a secret, or README.md is out of date.
+        PublishError: The folder fails `release.check`, a file is a link or holds a secret, or README.md is out of date.
     """
     if not folder.is_dir():
         raise PublishError(f"{folder}: no such folder.")

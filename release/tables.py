@@ -168,7 +168,7 @@ def _with_interval(found: dict[str, Any], key: str) -> str:
 
 
 def embedding_table(folder: Path, metrics: int | None = None) -> str | None:
-    """Returns what the embedding reaches at each of its dimensions, by the first so many metrics of each test set."""
+    """Returns what the embedding reaches at each of its dimensions, with at most `metrics` metrics per test set."""
     sets: dict[str, Any] = {}
     for name in ("projection", "embedding"):  # the second has more sets, and wins
         found = read_some(name, folder) or {}

@@ -174,7 +174,12 @@ BAD = {
         "row 1, column y: label -1 is none of 0 … 1",
     ),
     "an unknown name": (sequence(), ["n", "p"], {"x": ["a"], "y": ["q"]}, r"label 'q' is none of 0 … 1 \(n, p\)"),
-    "no text": (sequence(), ["n", "p"], {"x": ["a", None], "y": [0, 1]}, "d, split train, row 1, column x: None is no text"),
+    "no text": (
+        sequence(),
+        ["n", "p"],
+        {"x": ["a", None], "y": [0, 1]},
+        "d, split train, row 1, column x: None is not a text",
+    ),
     "no list": (
         sequence("multi_label_classification"),
         ["n"],
@@ -182,7 +187,7 @@ BAD = {
         "row 0, column y: 0 is no list of labels",
     ),
     "too few numbers": (sequence("regression"), ["u", "v"], {"x": ["a"], "y": [1.0]}, "1.0 is not 2 number"),
-    "no words": (token(), TAGS, {"x": [["a"], None], "y": [[0], [0]]}, "row 1: None are no list of words, or"),
+    "no words": (token(), TAGS, {"x": [["a"], None], "y": [[0], [0]]}, "row 1: None are not a list of words, or"),
     "no score": (pairs(), [], {"a": ["x"], "b": ["y"], "y": [None]}, "row 0, column y: score None is no number"),
 }
 

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 Files = dict[str, Path]
 Splits = dict[str, list[Row]]
 
-# Words that may stand inside a name, between two proper nouns.
+# Words that may occur inside a name, between two proper nouns.
 CONNECTORS = {"and", "of", "the", "in", "at", "on", "de", "for", "&", "-", "@", "'s", "’s"}
 GUM_TYPES = {"person": "PER", "organization": "ORG", "place": "LOC"}
 GUM_NEVER_NAMES = {"time", "quantity"}
@@ -52,7 +52,7 @@ def read_json(path: Path, kind: type) -> Any:
     """Returns what a JSON file holds: a `list` or a `dict`.
 
     Raises:
-        SourceError: The file is no JSON, or holds something else.
+        SourceError: The file is not JSON, or holds something else.
     """
     try:
         found = json.loads(text_of(path))
@@ -121,7 +121,7 @@ def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains
         files: Named "train", or "train/politics" for the domain "politics".
         token: Column of the token, from 0; columns are separated by tabs.
         tag: Column of the tag, in BIO.
-        mapping: The kinds of entities, and what each becomes; "O" is no entity.
+        mapping: The kinds of entities, and what each becomes; "O" is not an entity.
         domains: Whether rows have a `domain`.
     """
     splits: Splits = {}
@@ -324,7 +324,7 @@ def vader(files: Files, splits: dict[str, list[str]]) -> Splits:
 
 
 def read_archive(path: Path, file: str) -> list[str]:
-    """Returns the lines of one file of a tar or zip archive, whatever folder it lies in there.
+    """Returns the lines of one file of a tar or zip archive, whatever its folder there.
 
     Raises:
         SourceError: The archive cannot be read, or holds no such file.

@@ -64,7 +64,7 @@ class FitSettings:
         steps: Of Adam, on one random batch each.
         learning_rate: At the start; it falls to zero along a cosine.
         temperature: Of the softmax over full similarities; how far down the list neighbours count.
-        batch_size: Texts among which neighbours are told apart.
+        batch_size: Texts among which neighbours are ranked.
     """
 
     dims: tuple[int, ...] = (256, 128, 64)
@@ -92,7 +92,7 @@ def principal_axes(vectors: Tensor, count: int) -> Tensor:
 def fit_projection(vectors: Tensor, settings: FitSettings = SETTINGS, seed: int = 0, progress: bool = False) -> Tensor:
     """Returns the projection, float32 [E, H], rows orthonormal; the same for the same seed.
 
-    All E dimensions give the similarities of the principal components. Each prefix is an embedding by itself: multiply by
+    All E dimensions give the similarities of the principal components. Each prefix is an embedding of its own: multiply by
     its rows and normalize.
 
     Args:

@@ -160,7 +160,7 @@ def start_from(model: MultiTaskModel, start: str) -> None:
     encoder = model.encoder.state_dict()
     if any(not torch.equal(x, encoder.get(name, x[:0])) for name, x in earlier.encoder.state_dict().items()):
         raise RecipeError(
-            f"model.start is {start!r}, whose encoder is not model.encoder: give the encoder that it was made of"
+            f"model.start is {start!r}, whose encoder is not model.encoder: give the encoder that it was trained from"
         )
     expected = {name: x.shape for name, x in model.state_dict().items() if name.startswith(("task_branch.", "heads."))}
     if expected != {name: x.shape for name, x in weights.items()}:

@@ -25,7 +25,7 @@ LOSS_WEIGHTS = "loss_weights.safetensors"
 
 
 class TrainingError(Exception):
-    """Training cannot go on; the message says at which step, why, and what remains."""
+    """Training cannot continue; the message says at which step, why, and what remains."""
 
 
 class Clock(TrainerCallback):
@@ -213,7 +213,7 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 
 def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArguments:
-    """Returns the Trainer's settings for a run of so many steps.
+    """Returns the Trainer's settings for a run of this many steps.
 
     Raises:
         RecipeError: The batches of a step do not divide among the processes, or a package is not installed.
