@@ -1,4 +1,4 @@
-.PHONY: install lint test smoke data train single evaluate onnx bench experiments demo card check publish
+.PHONY: install lint test smoke data projection train research evaluate onnx bench experiments demo card check publish
 # A folder with local copies of the data sets; empty: they come from the Hub.
 DATA ?=
 # The starting encoder, a Hub id or a folder.
@@ -15,17 +15,14 @@ lint:
 	ruff format --check .
 	mypy
 
+# Two processes at a time, each file in one of them; a single file is quicker with `pytest tests/test_….py`.
 test:
-	pytest
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 smoke:
 	python -m training.train training/recipes/smoke.toml --output runs/smoke
 
 # The data sets, from their original files.
-data:
-	python -m training.sources --output data
-
-# The folders that the recipes read, from their publishers' files.
 data:
 	python -m training.sources --output data
 

@@ -92,7 +92,6 @@ class TaskSpec:
         temperature: Positive number by which the logits are divided (Guo et al. 2017); 1 changes nothing.
         thresholds: Multi-label only: probability in [0, 1] from which each label counts as present; None: 0.5.
         fallback: Multi-label only: the label to answer when none reaches its threshold; None: an empty list.
-        loss_weight: Non-negative factor of this task's loss in the summed loss.
 
     Raises:
         ValueError: A field has the wrong type or value; the message names it and what is allowed.
@@ -109,7 +108,6 @@ class TaskSpec:
     temperature: float = 1.0
     thresholds: list[float] | None = None
     fallback: str | None = None
-    loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
         self._require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}")
@@ -128,9 +126,7 @@ class TaskSpec:
         self._require(self.pooling_mode in modes, "pooling_mode", f"null, or for a text {', '.join(POOLING_MODES)}")
         allowed = READS if self.kind == SEQUENCE else ["branch"]
         self._require(self.reads in list(allowed), "reads", " or ".join(allowed))
-        temperature, weight = self.temperature, self.loss_weight
-        self._require(is_number(temperature) and temperature > 0, "temperature", "a positive number")
-        self._require(is_number(weight) and weight >= 0, "loss_weight", "a number of at least 0")
+        self._require(is_number(self.temperature) and self.temperature > 0, "temperature", "a positive number")
 
     @property
     def is_bio(self) -> bool:
@@ -142,6 +138,7 @@ class TaskSpec:
         """Returns the checked spec of task `name` from its JSON object; errors start with `tasks.<name>`."""
         if not isinstance(fields, dict):
             raise ValueError(f"tasks.{name} is {fields!r}; it must be an object with at least 'kind' and 'labels'.")
+        fields = {key: value for key, value in fields.items() if key != "loss_weight"}  # which earlier releases stored
         known = list(cls.__dataclass_fields__)
         if unknown := sorted(set(fields) - set(known), key=str):
             raise ValueError(f"tasks.{name} has unknown fields {unknown}; known fields: {', '.join(known)}.")

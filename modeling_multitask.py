@@ -54,8 +54,8 @@ class MultiTaskOutput(ModelOutput):
         encoder_embedding: float [B, H], the encoder's own sentence embedding: pooled and unit length, before the
             projection; None with `output_embedding=False`.
         logits: Maps each requested task to float [B, C] (sequence tasks) or [B, T, C] (token tasks).
-        loss: float [], the sum of `loss_weight` times each labelled task's loss; None without labels.
-        task_losses: Maps each labelled task to its unweighted loss, float [].
+        loss: float [], the sum of the labelled tasks' losses; None without labels.
+        task_losses: Maps each labelled task to its loss, float [].
         hidden_states: L + 1 tensors [B, T, H] of the encoder, if asked for.
         attentions: L tensors [B, heads, T, T] of the encoder, if asked for.
     """
@@ -337,8 +337,7 @@ class MultiTaskModel(PreTrainedModel):
             token_type_ids: int [B, T]; not passed on to encoders that know none.
             position_ids: int [B, T].
             inputs_embeds: float [B, T, H] in place of `input_ids`.
-            casing_ids: int [B, T], how each token's word is written, as indices into `CASINGS`; None: unknown. The task
-                branch and the heads with a `casing_dim` read them; the embedding never does.
+            casing_ids: int [B, T], indices into `CASINGS`, which the branch and heads with a `casing_dim` read; None: unknown.
             tasks: Names of the heads to compute; None: all; empty: the embedding alone, without the task branch.
             labels: Maps any subset of the computed tasks to its labels, see `task_loss`.
             output_embedding: Whether to compute the embedding. Without it, a model with a task branch does not run the
@@ -348,49 +347,39 @@ class MultiTaskModel(PreTrainedModel):
             **kwargs: Passed to the encoder.
 
         Raises:
-            ValueError: An unknown task, labels for a task that is not computed, labels of another shape, or more
-                tokens than the encoder takes.
+            ValueError: An unknown task, labels of another shape or for a task that is not computed, or too many tokens.
         """
         names = self._requested(tasks, labels)
-        inputs: dict[str, Any] = {
+        inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        if "token_type_ids" not in self._encoder_inputs:
-            inputs.pop("token_type_ids", None)
-        self._check_length(inputs)
-        tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
-        mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
-        casing = torch.zeros_like(mask) if casing_ids is None else casing_ids  # 0: unknown
-        if casing.shape != mask.shape:
-            raise ValueError(f"casing_ids have shape {list(casing.shape)}; the input has {list(mask.shape)} tokens.")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        inputs, mask, casing = self._given(inputs, casing_ids)
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         sources = {source for name in names for source in READS[self._head(name).spec.reads]}
-        with_encoder = output_embedding or "encoder" in sources
-        encoded, forked = self._encode(inputs, casing, "branch" in sources, with_encoder, wanted, kwargs)
+        parts = "branch" in sources, output_embedding or "encoder" in sources
+        encoded, forked = self._encode(inputs, casing, *parts, wanted, kwargs)
         hidden = {"branch": forked, "encoder": encoded.last_hidden_state}
 
-        pooling = self.config.pooling_mode
-        logits = {name: self._head(name)(hidden, mask, casing, pooling) for name in names}
+        logits = {name: self._head(name)(hidden, mask, casing, self.config.pooling_mode) for name in names}
         task_losses = {name: task_loss(self._head(name).spec, logits[name], y) for name, y in (labels or {}).items()}
-        weighted = [self._head(name).spec.loss_weight * loss for name, loss in task_losses.items()]
-        embeddings = {}
-        if output_embedding:
-            pooled = pool(encoded.last_hidden_state, mask, pooling)  # [B, H]
-            embeddings["sentence_embedding"] = normalize(pooled if self.linear is None else self.linear(pooled))  # [B, E]
-            embeddings["encoder_embedding"] = normalize(pooled)
+        embeddings = self._embed(encoded.last_hidden_state, mask) if output_embedding else {}
         return MultiTaskOutput(
             last_hidden_state=encoded.last_hidden_state,
             **embeddings,
             logits=logits,
-            loss=sum(weighted[1:], start=weighted[0]) if weighted else None,
+            loss=torch.stack([*task_losses.values()]).sum() if task_losses else None,
             task_losses=task_losses or None,
             hidden_states=encoded.hidden_states if output_hidden_states else None,
             attentions=encoded.attentions,
         )
+
+    def _embed(self, hidden: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Returns the sentence embedding, float [B, E], and the encoder's own, float [B, H]."""
+        pooled = pool(hidden, mask, self.config.pooling_mode)
+        projected = pooled if self.linear is None else self.linear(pooled)
+        return {"sentence_embedding": normalize(projected), "encoder_embedding": normalize(pooled)}
 
     def _encode(
         self,
@@ -427,15 +416,26 @@ class MultiTaskModel(PreTrainedModel):
             raise ValueError(f"labels are given for {unused}; the tasks computed here are: {', '.join(names) or 'none'}.")
         return names
 
-    def _check_length(self, inputs: dict[str, Any]) -> None:
-        if "input_ids" not in inputs and "inputs_embeds" not in inputs:
+    def _given(self, inputs: dict[str, Any], casing_ids: Tensor | None) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Returns the inputs that are given and that the encoder knows, the mask and the casing, int [B, T] each."""
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if "token_type_ids" not in self._encoder_inputs:
+            inputs.pop("token_type_ids", None)
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if tokens is None:
             raise ValueError("Neither input_ids nor inputs_embeds is given; the encoder needs one of them.")
-        length, limit = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1], self.max_length
+        length, limit = tokens.shape[1], self.max_length
         if not torch.compiler.is_compiling() and limit is not None and length > limit:
             raise ValueError(
                 f"The input has {length} tokens; this encoder takes {limit}. Tokenize with truncation=True, or use "
                 'pipeline("multitask"), which reads long texts in windows.'
             )
+        mask = inputs.get("attention_mask")
+        mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask
+        casing = torch.zeros_like(mask) if casing_ids is None else casing_ids  # 0: unknown
+        if casing.shape != mask.shape:
+            raise ValueError(f"casing_ids have shape {list(casing.shape)}; the input has {list(mask.shape)} tokens.")
+        return inputs, mask, casing
 
     def add_task(self, name: str, spec: dict[str, Any]) -> None:
         """Adds a head with random weights, to be trained; every other output stays as it is, to the bit.

@@ -35,7 +35,6 @@ def load_all_ways(repo, options):
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
         AutoTokenizer,
-        pipeline,
     )
     from transformers.utils import logging
 
@@ -75,8 +74,15 @@ def load_all_ways(repo, options):
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
         assert list(view.config.id2label.values()) == spec["labels"]
         found |= {f"view/logits.{task}/{i}": numpy(view(**x).logits)[0] for i, x in enumerate(inputs)}
-        first.setdefault(spec["kind"], task)
+        first.setdefault(spec["kind"], view)
+    return found | load_pipelines(repo, options, tokenizer, first)
 
+
+def load_pipelines(repo, options, tokenizer, first):
+    """Returns what each pipeline gives; `first` holds a view of the first task of each kind."""
+    from transformers import pipeline
+
+    trusted, found = {**options, "trust_remote_code": True}, {}
     multitask = pipeline("multitask", model=repo, device="cpu", **trusted)
     found |= {f"pipeline/embedding/{i}": x["sentence_embedding"] for i, x in enumerate(multitask(TEXTS))}
     for kind, standard in (
@@ -85,8 +91,8 @@ def load_all_ways(repo, options):
     ):
         if kind not in first:
             continue
-        view = views[kind].from_pretrained(repo, task=first[kind], **trusted)
-        for name, kwargs in (("default", {"model": repo, **trusted}), ("named", {"model": view, "tokenizer": tokenizer})):
+        named = {"model": first[kind], "tokenizer": tokenizer}
+        for name, kwargs in (("default", {"model": repo, **trusted}), ("named", named)):
             standard_pipe = pipeline(standard, device="cpu", **kwargs)
             answer = standard_pipe(TEXTS[0])
             found[f"{standard}/{name}"] = np.array([x["score"] for x in answer])

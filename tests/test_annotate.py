@@ -5,9 +5,9 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pytest
 import annotate
 from bulk import parts, sources
 from bulk import run as bulk_run
-from tests.conftest import ROOT, TASKS, TEXTS
+from tests.conftest import TASKS, TEXTS
 
 PARIS = "Tim loves Paris."
 
@@ -27,6 +27,11 @@ def run(release, capsys, monkeypatch):
     """Runs `annotate.py` in this process on the tiny release; returns exit code, standard output and error."""
 
     def call(*arguments, stdin: bytes | None = None):
+        if stdin is not None:
+            read, write = os.pipe()
+            os.write(write, stdin)
+            os.close(write)
+            monkeypatch.setattr(sys, "stdin", os.fdopen(read))
         monkeypatch.setattr(sys, "argv", ["annotate.py", "--model", str(release), "--device", "cpu", *map(str, arguments)])
         capsys.readouterr()
         try:
@@ -155,14 +160,11 @@ def test_bytes_that_are_no_utf8_cost_only_their_row(run, tmp_path):
     assert ["error" in x for x in records(out)] == [False, True, False] and "1 rows" in err
 
 
-def test_standard_input_is_read_as_text_lines_or_as_told(release):
-    command = [sys.executable, str(ROOT / "annotate.py"), "--model", str(release), "--input", "-", "--no-embedding"]
-    done = subprocess.run([*command, "--tasks", "ner"], input="one\ntwo é\n".encode(), capture_output=True, check=True)
-    assert [x["text"] for x in records(done.stdout.decode())] == ["one", "two é"] and done.stderr == b""
-    done = subprocess.run(
-        [*command, "--input-format", "jsonl"], input=b'{"text": "a\\nb"}\n', capture_output=True, check=True
-    )
-    assert [x["text"] for x in records(done.stdout.decode())] == ["a\nb"]
+def test_standard_input_is_read_as_text_lines_or_as_told(run):
+    code, out, err = run("--input", "-", "--no-embedding", "--tasks", "ner", stdin="one\ntwo é\n".encode())
+    assert code == 0 and [x["text"] for x in records(out)] == ["one", "two é"] and err == ""
+    _, out, _ = run("--input", "-", "--input-format", "jsonl", stdin=b'{"text": "a\\nb"}\n')
+    assert [x["text"] for x in records(out)] == ["a\nb"]
 
 
 @pytest.mark.parametrize(
@@ -218,13 +220,13 @@ def test_json_nested_beyond_reason_costs_only_its_row(run, tmp_path):
     assert code == 0 and ["error" in x for x in records(out)] == [True, False] and "1 rows" in err
 
 
-def test_a_console_of_few_characters_still_shows_the_summary(release):
-    command = [sys.executable, str(ROOT / "annotate.py"), "--model", str(release), "love 😀"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    plain = subprocess.run(command, env=environment, capture_output=True, check=True)
-    assert b"8 dimensions" in plain.stdout and plain.stderr == b""
-    lines = subprocess.run([*command, "--json"], env=environment, capture_output=True, check=True)
-    assert json.loads(lines.stdout.decode("utf-8"))["text"] == "love 😀"
+def test_a_console_of_few_characters_still_shows_the_summary(run, monkeypatch):
+    for options, expected in (((), "8 dimensions"), (("--json",), "love 😀")):
+        console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", console)
+        assert run("love 😀", *options)[0] == 0
+        console.flush()
+        assert expected in console.buffer.getvalue().decode("utf-8")
 
 
 def test_a_broken_parquet_file_is_named(run, tmp_path):
@@ -495,16 +497,13 @@ def test_a_parquet_file_that_breaks_off_is_refused_before_anything_is_computed(r
     assert names(tmp_path) == ["in.parquet"]
 
 
-def test_a_pipe_cannot_be_resumed(release, tmp_path):
-    command = [sys.executable, str(ROOT / "annotate.py"), "--model", str(release), "--input", "-", "--output"]
-    done = subprocess.run([*command, str(tmp_path / "o.jsonl"), "--resume"], input=b"one", capture_output=True, check=False)
-    assert done.returncode == 2 and b"standard input and pipes cannot be read again" in done.stderr
+def test_a_pipe_cannot_be_resumed(run, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    reader = subprocess.Popen(
-        [*command[:-2], str(tmp_path / "pipe"), "--output", str(tmp_path / "o.jsonl"), "--input-format=text"]
-    )
-    (tmp_path / "pipe").write_text("one\ntwo\n")
-    assert reader.wait(60) == 0 and [x["text"] for x in records((tmp_path / "o.jsonl").read_text())] == ["one", "two"]
+    options = ("--input", tmp_path / "pipe", "--output", tmp_path / "o.jsonl", "--input-format=text")
+    code, _, err = run(*options, "--resume")
+    assert code == 2 and "standard input and pipes cannot be read again" in err
+    Thread(target=(tmp_path / "pipe").write_text, args=["one\ntwo\n"]).start()
+    assert run(*options)[0] == 0 and [x["text"] for x in records((tmp_path / "o.jsonl").read_text())] == ["one", "two"]
 
 
 def test_the_backend_is_the_pipelines(run, monkeypatch, pipe):

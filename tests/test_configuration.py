@@ -24,7 +24,6 @@ def specs(draw: st.DrawFn) -> dict:
         "kind": draw(st.sampled_from(KINDS)),
         "labels": labels,
         "temperature": draw(numbers),
-        "loss_weight": draw(numbers),
     }
     spec |= draw(st.fixed_dictionaries({}, optional={"hidden_dim": st.integers(1, 64)}))
     if spec["kind"] == KINDS[0]:
@@ -131,7 +130,6 @@ TEXT = {"kind": "sequence_classification", "labels": ["a", "b"]}
         ({"num_task_layers": "1"}, "num_task_layers is '1'"),
         ({"tasks": {"a": {**TEXT, "temperature": 0}}}, "tasks.a.temperature is 0; allowed: a positive number"),
         ({"tasks": {"a": {**TEXT, "temperature": float("nan")}}}, "tasks.a.temperature is nan"),
-        ({"tasks": {"a": {**TEXT, "loss_weight": -1}}}, "tasks.a.loss_weight is -1"),
         ({"tasks": {"a": {**TEXT, "thresholds": [0.5, 0.5]}}}, "tasks.a.thresholds .* multi_label_classification"),
         ({"multitask_weights": "weights.bin"}, "multitask_weights is 'weights.bin'; allowed:"),
     ],

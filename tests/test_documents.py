@@ -12,6 +12,7 @@ import yaml
 from experiments import report
 from release import card
 from release.figures import FIGURE
+from tests import fresh
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -45,12 +46,6 @@ def prose(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if not line.startswith(("|", "#", "<!--")))
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_card_is_short_and_its_metadata_complete():
     _, metadata, body = README.split("---\n", 2)
     assert len(body.splitlines()) <= 180
@@ -76,7 +71,7 @@ for page in {pages!r}:
         assert out.getvalue().strip() and "nan" not in out.getvalue(), snippet
 """
     assert all(len(snippet.splitlines()) <= 8 for snippet in pages[0])
-    run([sys.executable, "-c", program])
+    fresh.run(["-c", program])
 
 
 def test_shell_commands_run_or_are_those_of_ci(tmp_path):
@@ -87,7 +82,7 @@ def test_shell_commands_run_or_are_those_of_ci(tmp_path):
             assert line.replace("pip install", "pip install -q") in ci
         else:
             command = shlex.split(line.replace("annotated.parquet", str(tmp_path / "annotated.parquet")))
-            run([sys.executable, *command[1:]])
+            fresh.run(command[1:])
     assert (tmp_path / "annotated.parquet").exists()
 
 

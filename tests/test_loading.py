@@ -38,7 +38,6 @@ def outputs_in_a_fresh_process(
     repo: str, folder: Path, environment: dict[str, str], *revision: str
 ) -> dict[str, np.ndarray]:
     """Runs `ways.py` elsewhere; fails on anything that is printed, and returns what each way gave."""
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(WAYS), repo, str(folder / "outputs.npz"), *revision]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -79,16 +78,13 @@ def test_all_ways_agree_on_the_shipped_repository(tmp_path):
     assert_all_ways_agree(outputs_in_a_fresh_process(str(ROOT), tmp_path, dict(os.environ)))
 
 
-def test_a_release_made_from_a_saved_model_gives_the_same(release, local_outputs, tmp_path):
+def test_a_release_made_from_a_saved_model_is_the_same(release, tmp_path):
     model = AutoModel.from_pretrained(release, trust_remote_code=True)
     model.save_pretrained(tmp_path / "saved")
     AutoTokenizer.from_pretrained(release).save_pretrained(tmp_path / "saved")
     export(tmp_path / "saved", tmp_path / "again", release, dtype=torch.float32)
-    again = outputs_in_a_fresh_process(str(tmp_path / "again"), tmp_path, dict(os.environ))
-    assert_all_ways_agree(again)
-    for key, value in local_outputs.items():
-        if value.dtype.kind == "f":
-            np.testing.assert_allclose(again[key], value, atol=1e-6, rtol=1e-6, err_msg=key)
+    for name in ("config.json", "model.safetensors", "2_Dense/model.safetensors", HEADS):
+        assert (tmp_path / "again" / name).read_bytes() == (release / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("saved_by", ["model", "view", "pipeline"])
@@ -162,8 +158,7 @@ def test_a_release_of_any_encoder_is_a_sentence_transformer(model_type, tmp_path
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("mode", POOLING_MODES)
-@pytest.mark.parametrize("dim", [None, 8])
+@pytest.mark.parametrize(("mode", "dim"), [*((mode, 8) for mode in POOLING_MODES), ("mean", None)])
 def test_every_pooling_mode_and_no_projection_mean_the_same_to_sentence_transformers(mode, dim, tmp_path):
     release = write_release(tmp_path, pooling_mode=mode, embedding_dim=dim)
     model = AutoModel.from_pretrained(release, trust_remote_code=True)
@@ -215,10 +210,12 @@ def test_all_ways_agree_through_a_hub_with_an_empty_cache_and_a_pinned_revision(
 
 BACKEND = """
 import sys
+from huggingface_hub import HfApi
 from transformers import pipeline
-options = {"revision": sys.argv[1]} if sys.argv[1:] else {}
-pipe = pipeline("multitask", model="user/tiny", trust_remote_code=True, device="cpu", backend="onnx", **options)
-print(pipe("so sad")["sentence_embedding"].tolist())
+options = {"model": "user/tiny", "trust_remote_code": True, "device": "cpu", "backend": "onnx"}
+print(pipeline("multitask", revision=sys.argv[1], **options)("so sad")["sentence_embedding"].tolist())
+HfApi().delete_file("onnx/model.onnx", "user/tiny")
+pipeline("multitask", **options)
 """
 
 
@@ -227,18 +224,14 @@ def test_an_export_comes_from_the_pinned_revision(hub, release, tmp_path, pipe):
     folder = shutil.copytree(release, tmp_path / "exported")
     release_onnx.export(folder, folder)
     commit = upload(hub, folder, tmp_path / "uploader")
-    environment = hub.env(tmp_path / "reader")
-    run = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    pinned = run([sys.executable, "-c", BACKEND, commit])
-    assert pinned.returncode == 0, pinned.stderr
-    np.testing.assert_allclose(json.loads(pinned.stdout), pipe("so sad")["sentence_embedding"], atol=1e-4)
-    command = [sys.executable, "-c", DELETE]
-    subprocess.run(command, env=hub.env(tmp_path / "uploader"), check=True, timeout=120, capture_output=True)
-    newest = run([sys.executable, "-c", BACKEND])
-    assert newest.returncode and "user/tiny holds no onnx/model.onnx. Write it with" in newest.stderr
+    command = [sys.executable, "-c", BACKEND, commit]
+    done = subprocess.run(
+        command, env=hub.env(tmp_path / "reader"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout, done.stderr
+    np.testing.assert_allclose(json.loads(done.stdout), pipe("so sad")["sentence_embedding"], atol=1e-4)
+    assert done.returncode and "user/tiny holds no onnx/model.onnx. Write it with" in done.stderr
 
-
-DELETE = 'from huggingface_hub import HfApi; HfApi().delete_file("onnx/model.onnx", "user/tiny")'
 
 PUSH = """
 import sys
@@ -382,6 +375,13 @@ def test_a_broken_repository_names_the_file_and_the_field(release, damage, tmp_p
     breaking(broken)
     with pytest.raises(WeightsError, match=message):
         MultiTaskModel.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("damage", ["heads file missing", "heads of another release", "label too many"])
+def test_no_way_in_loads_a_broken_repository(release, damage, tmp_path):
+    broken = Path(shutil.copytree(release, tmp_path / "broken"))
+    breaking, message = DAMAGE[damage]
+    breaking(broken)
     with pytest.raises(WeightsError, match=message):
         MultiTaskForTokenClassification.from_pretrained(broken)
     for load in (
@@ -412,7 +412,6 @@ def test_a_malformed_configuration_names_its_field(release, change, message, tmp
     for load in (
         lambda: MultiTaskModel.from_pretrained(broken),
         lambda: AutoModel.from_pretrained(broken, trust_remote_code=True),
-        lambda: pipeline("multitask", model=str(broken), trust_remote_code=True),
     ):
         with pytest.raises(Exception, match=message):
             load()

@@ -485,14 +485,12 @@ def test_losses_are_the_textbook_ones():
     torch.testing.assert_close(losses["ner"], -(chosen[1, 1] + chosen[2, 2]) / 2)
 
 
-def test_the_loss_is_the_weighted_sum_over_any_subset_of_tasks():
-    tasks = copy.deepcopy(TASKS)
-    tasks["sentiment"]["loss_weight"] = 0.25
-    model = tiny_model(tasks=tasks)
+def test_the_loss_is_the_sum_over_any_subset_of_tasks():
+    model = tiny_model()
     labels = {"sentiment": torch.tensor([0, 1]), "rating": torch.tensor([[1.0], [2.0]])}
     out = run(model, labels=labels)
     assert list(out.task_losses) == ["sentiment", "rating"]
-    torch.testing.assert_close(out.loss, 0.25 * out.task_losses["sentiment"] + out.task_losses["rating"])
+    torch.testing.assert_close(out.loss, out.task_losses["sentiment"] + out.task_losses["rating"])
 
 
 def test_unlabelled_tasks_and_all_ignored_batches_train_nothing_and_are_never_nan():

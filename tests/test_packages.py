@@ -1,8 +1,12 @@
 """The packages: what imports what has no circles, and names that begin with an underscore stay where they are."""
 
 import ast
+import re
 import subprocess
+import sys
+from functools import cache
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -13,7 +17,13 @@ PACKAGES = {path.parts[0].removesuffix(".py") for path in SOURCES} - {"tests", "
 # The pipeline's `add_task` is the learning file's: imported when it is called.
 LATE = {("pipeline_multitask", "learning_multitask")}
 
+# Used where they are installed, each with a message of its own or a test that is skipped.
+OPTIONAL = {
+    "en_core_web_sm", "fastembed", "onnx", "onnx_ir", "onnxruntime", "peft", "picklescan", "ray", "torchjd", "vaderSentiment",
+}  # fmt: skip
 
+
+@cache
 def imports(path: Path) -> list[tuple[str, str]]:
     """Returns every (module, name) that a file imports, wherever it does; the name is empty for `import module`."""
     found = []
@@ -58,3 +68,30 @@ def test_private_names_stay_in_their_package():
         (package, x) for package, names in read.items() for x in names & set(private) if x not in defined.get(package, ())
     }
     assert not others, others
+
+
+def declared(name: str) -> set[str]:
+    """Returns the packages that a file of requirements names, and those of the file that it includes."""
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    included = [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
+    names = {normal(found[0]) for line in lines if (found := re.match(r"\w[\w.-]*", line))}
+    return names.union(*map(declared, included))
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_is_imported_is_declared():
+    used: dict[str, set[str]] = {"requirements.txt": set(), "requirements-train.txt": set(), "requirements-dev.txt": set()}
+    for path in SOURCES:
+        files = {"tests": "requirements-dev.txt", "benchmarks": "requirements-dev.txt", "demo": "requirements-dev.txt"}
+        own_file = files.get(path.parts[0], "requirements-train.txt")
+        used["requirements.txt" if len(path.parts) == 1 or path.parts[0] == "bulk" else own_file] |= {
+            module.partition(".")[0] for module, _ in imports(path) if module
+        }
+    installed = packages_distributions()
+    for file, modules in used.items():
+        others = modules - set(sys.stdlib_module_names) - PACKAGES - OPTIONAL - {"tests", "examples"}
+        missing = {x for x in others if not {normal(y) for y in installed.get(x, [x])} & declared(file)}
+        assert not missing, f"{file} lacks {sorted(missing)}"

@@ -1,7 +1,6 @@
 """Training as a user runs it, on tiny real models: every kind of task is learned, and runs can be watched, stopped and resumed."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -11,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
+from filelock import FileLock
 from transformers import AutoTokenizer, BertModel
 
 from common.recipe import Recipe, RecipeError
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
+from tests import fresh
 from tests.conftest import ROOT, tiny_config, tiny_tokenizer
 from training import train
+from training.objectives import LossWeights
 from training.trainer import COMPLETE, GradientSurgery, TrainingError, newest_checkpoint
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -228,7 +230,32 @@ def test_missing_labels_are_skipped(workshop):
     assert [x["labels"]["mood"]["label"] for x in workshop.pipe(output)(["love it", "so sad"])] == ["good", "bad"]
 
 
+@pytest.mark.parametrize(("label", "message"), [(None, "have no label"), (1, "have the same label, number 1")])
+def test_labels_that_teach_nothing_are_refused(workshop, label, message):
+    names = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    data = Dataset.from_dict({**split("mood").to_dict(), "label": [label] * 8}, features=names)
+    data.to_parquet(workshop.folder / "mood/train.parquet")
+    with pytest.raises(ValueError, match=f"tasks.mood: all rows of the train split {message}"):
+        workshop.train("mood")
+
+
+def test_gradients_of_loss_weights_are_cleared_even_if_the_step_is_skipped(workshop, monkeypatch):
+    """As float16 skips it after an overflow, which needs a GPU."""
+    weights = []
+    monkeypatch.setattr(train, "LossWeights", lambda *x: weights.append(LossWeights(*x)) or weights[0])
+    monkeypatch.setattr("accelerate.optimizer.AcceleratedOptimizer.step", lambda *_: None)
+    workshop.train("mood", settings=("losses.weighting=uncertainty", "tasks.mood.epochs=1"))
+    assert all(x.grad is None for x in weights[0].parameters())
+
+
 # The run folder
+
+
+def test_two_runs_in_one_folder_are_refused(workshop):
+    output = workshop.folder / "run1"
+    output.mkdir()
+    with FileLock(output / "training.lock"), pytest.raises(RecipeError, match="another process is training there"):
+        workshop.train("mood")
 
 
 def test_training_continues_from_an_earlier_model(workshop):
@@ -369,17 +396,17 @@ def test_the_time_before_a_resume_counts(workshop):
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(workshop):
     recipe = workshop.write("mood", "pairs")
     settings = ["--set", "run.save_steps=20", "--set", "tasks.mood.epochs=40", "--set", "tasks.pairs.epochs=40"]
-    command = [sys.executable, "-m", "training.train", str(recipe), *settings, "--output"]
-    subprocess.run([*command, str(workshop.folder / "whole")], cwd=ROOT, check=True, capture_output=True)
+    command = ["-m", "training.train", recipe, *settings, "--output"]
+    fresh.run([*command, workshop.folder / "whole"])
     killed = workshop.folder / "killed"
-    process = subprocess.Popen([*command, str(killed)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = fresh.start([*command, killed], workshop.folder)
     deadline = time.monotonic() + 120
     while newest_checkpoint(killed) is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert newest_checkpoint(killed) is not None and not (killed / "final").exists()
-    subprocess.run([*command, str(killed), "--resume"], cwd=ROOT, check=True, capture_output=True)
+    fresh.run([*command, killed, "--resume"])
     whole, resumed = (MultiTaskModel.from_pretrained(x / "final") for x in (workshop.folder / "whole", killed))
     assert same(whole, resumed)
 
@@ -433,7 +460,7 @@ def test_two_processes_train_as_one_does_with_the_same_steps(workshop):
     recipe = str(workshop.write("mood", "pairs"))
     one, two = workshop.folder / "one", workshop.folder / "two"
     arguments = ["-m", "training.train", recipe, *settings, "--output"]
-    subprocess.run([sys.executable, *arguments, str(one)], cwd=ROOT, check=True, capture_output=True)
+    fresh.run([*arguments, one])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
     done = subprocess.run([*launch, *arguments, str(two)], cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,12 +16,14 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -46,13 +48,13 @@ from common.data import (
     task_labels,
     text_ids,
 )
-from common.files import environment_info
+from common.files import environment_info, write_json
 from common.recipe import GRADIENT_SURGERY, Recipe, RecipeError, TaskRecipe
 from configuration_multitask import MultiTaskConfig
 from evaluation.calibrate import calibrate
 from evaluation.evaluate import NEIGHBOURS, average, drift, embed, measure
 from evaluation.plots import learning_curves
-from modeling_multitask import MultiTaskModel
+from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_optimizer
 from training.objectives import LossWeights, Objective, class_weights, label_counts
@@ -93,9 +95,21 @@ def load_streams(
             stream.add(name, part, [x["labels"] for x in examples])
             if part.rewrites:
                 stream.rewrite = partial(rewritten, labels=names, tokenizer=tokenizer)
+    problems = problems or [f"tasks.{name}: {x}" for name in labels if (x := label_problem(name, streams))]
     if problems:
         raise DataError("\n".join(problems))
     return streams, labels, facts
+
+
+def label_problem(name: str, streams: dict[str, Stream]) -> str | None:
+    """Returns why the labels of a task's training rows teach a head nothing, or None."""
+    given = [example["labels"][name] for x in streams.values() if name in x.tasks for example in x.examples]
+    flat = torch.cat([torch.as_tensor(x, dtype=torch.float32).reshape(-1) for x in given])
+    distinct = flat[(flat != IGNORE_INDEX) & ~flat.isnan()].unique()
+    if len(distinct) > 1:
+        return None
+    found = "have no label" if not len(distinct) else f"have the same label, number {distinct.item():g}"
+    return f"all rows of the train split {found}; there is nothing to learn. Look at label_column, mapping and limit."
 
 
 def load_part(
@@ -125,7 +139,7 @@ def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskMo
     """Returns a model whose encoder has the pretrained weights and whose heads are random, and the pretrained encoder."""
     encoder = AutoModel.from_pretrained(recipe.model.encoder, dtype=torch.float32)
     specs = {
-        name: {"kind": task.kind, "labels": labels[name], "loss_weight": task.loss_weight, **task.head}
+        name: {"kind": task.kind, "labels": labels[name], **task.head}
         for name, task in recipe.tasks.items()
         if task.has_head
     }
@@ -388,12 +402,6 @@ def _flat(fields: dict[str, Any], place: str = "") -> set[tuple[str, str]]:
     return found
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, and the folder that it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
 def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
     """Trains and returns a model, and fills the run folder.
 
@@ -403,10 +411,21 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
         resume: Whether to continue from its newest checkpoint.
 
     Raises:
-        RecipeError: The recipe cannot be run here.
+        RecipeError: The recipe cannot be run here, or another process is training in the folder.
         ValueError: A data set does not hold what the recipe says.
         TrainingError: A loss or a weight was no longer finite.
     """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / "training.lock", timeout=0)
+    try:
+        with lock if int(os.environ.get("RANK", "0")) == 0 else nullcontext():  # of several processes, the first holds it
+            return train_alone(recipe, output, resume)
+    except Timeout as error:
+        raise RecipeError(f"{output}: another process is training there; wait for it, or give another --output") from error
+
+
+def train_alone(recipe: Recipe, output: Path, resume: bool) -> MultiTaskModel:
+    """Does what `train` says, in a folder that no other process writes to."""
     checkpoint = check_folder(output, recipe, resume)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
     if tokenizer.pad_token_id is None:

@@ -85,6 +85,19 @@ class TaskProgress(ProgressCallback):
             self.training_bar.set_postfix({name: f"{x:.3f}" for name, x in losses.items()})
 
 
+class ClearGradients(TrainerCallback):
+    """Clears gradients that the Trainer, which knows the model's alone, does not; after a step that was skipped, too.
+
+    In float16, what overflowed would otherwise stay, and no step would ever be taken again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.module.zero_grad()
+
+
 class MultiTaskTrainer(Trainer):
     """A Trainer whose every batch is of one task; several batches make a step, as gradient accumulation.
 
@@ -105,8 +118,6 @@ class MultiTaskTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective, self.evaluator = objective, evaluator
         self.objective.loss_weights.to(self.args.device)
-        # The Trainer clears the gradients of the model alone.
-        self.optimizer.register_step_post_hook(lambda *_: self.objective.loss_weights.zero_grad())
         self.sums: dict[str, tuple[float, int]] = {}
         self.surgery = None
         if surgery:
@@ -114,6 +125,7 @@ class MultiTaskTrainer(Trainer):
             self.surgery = GradientSurgery([x for name, x in named if not name.startswith("heads.")])
         self.remove_callback(ProgressCallback)
         self.add_callback(TaskProgress())
+        self.add_callback(ClearGradients(self.objective.loss_weights))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Returns the batch's loss.
