@@ -14,7 +14,7 @@ import pyarrow.parquet
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from evaluation.metrics import ndcg, neighbours_kept, ranked_documents, recall_at, similarity_metrics
+from evaluation.metrics import ndcg, neighbour_overlap, ranked_documents, recall_at, similarity_metrics
 
 NEIGHBOURS = 10
 NEIGHBOUR_SET = "wnut17"
@@ -102,7 +102,7 @@ def measure_embedding(
 def neighbour_measure(encode: Encode, folder: Path, split: str = "test") -> Measure:
     """Returns what computes a view's overlap@10 with the full vector on a split's distinct texts."""
     vectors = encode(distinct_texts(folder, split))
-    return lambda view: {"overlap@10": neighbours_kept(vectors, view(vectors), NEIGHBOURS)}
+    return lambda view: {"overlap@10": neighbour_overlap(vectors, view(vectors), NEIGHBOURS)}
 
 
 def pair_measure(encode: Encode, folder: Path, split: str = "test") -> Measure:

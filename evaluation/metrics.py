@@ -295,7 +295,7 @@ def neighbours_shared(before: np.ndarray, after: np.ndarray, count: int) -> np.n
     return np.array([len(set(a) & set(b)) / count for a, b in zip(*nearest, strict=True)])
 
 
-def neighbours_kept(before: np.ndarray, after: np.ndarray, count: int) -> float:
+def neighbour_overlap(before: np.ndarray, after: np.ndarray, count: int) -> float:
     """Returns the mean over texts of `neighbours_shared`, in [0, 1]."""
     return float(neighbours_shared(before, after, count).mean())
 

@@ -25,7 +25,7 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, labels: list[str]
         truth: int [N], label indices.
         predicted: int [N].
         labels: Their names.
-        title: Stands above the picture.
+        title: The picture's title.
         path: The PNG file to write.
     """
     shares = count_confusions(truth, predicted, labels=range(len(labels)), normalize="true")
@@ -39,7 +39,7 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, labels: list[str]
         axes.text(column, row, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), [f"{label} ({count:,})" for label, count in zip(labels, counts, strict=True)])
-    axes.set(title=title, xlabel="predicted", ylabel="true (number)")
+    axes.set(title=title, xlabel="predicted", ylabel="true (count)")
     _save(figure, path)
 
 
@@ -49,7 +49,7 @@ def reliability_diagram(confidence: np.ndarray, correct: np.ndarray, title: str,
     Args:
         confidence: float [N], the probability of each predicted label.
         correct: bool [N], whether that label is right.
-        title: Stands above the picture, with the calibration error.
+        title: The picture's title; the calibration error follows it.
         path: The PNG file to write.
     """
     bins = confidence_bins(confidence)
@@ -70,7 +70,7 @@ def reliability_diagram(confidence: np.ndarray, correct: np.ndarray, title: str,
         if count:
             below.text(centre, count, f"{count:,}", ha="center", va="bottom", fontsize=6)
     below.margins(y=0.15)
-    below.set(xlabel="confidence", ylabel="number", xlim=(0, 1))
+    below.set(xlabel="confidence", ylabel="count", xlim=(0, 1))
     _save(figure, path)
 
 
@@ -84,9 +84,9 @@ def learning_curves(history: list[dict[str, Any]], path: Path) -> None:
     figure = _figure(figsize=(10, 4), layout="constrained")
     losses, averages = figure.subplots(1, 2)
     _draw_curves(losses, history, [key for entry in history for key in entry if key.startswith("loss_")], "loss_")
-    losses.set(title="training loss of each task", xlabel="step", ylabel="loss", yscale="log")
+    losses.set(title="training loss per task", xlabel="step", ylabel="loss", yscale="log")
     _draw_curves(averages, history, [key for entry in history for key in entry if key == "eval_average"], "eval_")
-    averages.set(title="validation", xlabel="step", ylabel="average of the tasks' main metrics")
+    averages.set(title="validation splits", xlabel="step", ylabel="mean of the tasks' main metrics")
     _save(figure, path)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from evaluation import embedding
-from evaluation.metrics import ndcg, neighbours_kept, ranked_documents, recall_at
+from evaluation.metrics import ndcg, neighbour_overlap, ranked_documents, recall_at
 from training import projection
 from training.projection import FitSettings, fit_projection, principal_axes
 
@@ -30,7 +30,7 @@ def made_up_vectors(seed, count=1500):
 
 
 def kept(vectors, matrix, dim):
-    return neighbours_kept(vectors.numpy(), (vectors @ matrix[:dim].T).numpy(), 10)
+    return neighbour_overlap(vectors.numpy(), (vectors @ matrix[:dim].T).numpy(), 10)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from evaluation.metrics import (
     classification_metrics,
     entities_to_tags,
     entity_metrics,
-    neighbours_kept,
+    neighbour_overlap,
     similarity_metrics,
 )
 from modeling_multitask import MultiTaskModel
@@ -393,9 +393,9 @@ def test_metrics_by_hand():
     assert similarity_metrics(*vectors, [5.0, 2.0, 1.0]) == pytest.approx(1.0)
 
 
-def test_neighbours_kept_by_hand():
+def test_neighbour_overlap_by_hand():
     angles = np.radians([0, 10, 30, 180, 190])
     before = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert neighbours_kept(before, before @ np.array([[0, 1], [-1, 0]]), count=1) == 1.0  # a rotation moves no neighbour
+    assert neighbour_overlap(before, before @ np.array([[0, 1], [-1, 0]]), count=1) == 1.0  # a rotation moves no neighbour
     after = before[[0, 1, 3, 2, 4]]
-    assert neighbours_kept(before, after, count=1) == pytest.approx(2 / 5)  # texts 0 and 1 keep each other
+    assert neighbour_overlap(before, after, count=1) == pytest.approx(2 / 5)  # texts 0 and 1 keep each other
