@@ -17,8 +17,9 @@ from common.recipe import Recipe, RecipeError
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from tests import fresh
-from tests.conftest import ROOT, tiny_config, tiny_tokenizer
+from tests.conftest import ROOT, tiny_config, tiny_model, tiny_tokenizer
 from training import train
+from training.average import average
 from training.objectives import LossWeights
 from training.trainer import COMPLETE, GradientSurgery, TrainingError, newest_checkpoint
 
@@ -276,6 +277,24 @@ def test_training_continues_from_an_earlier_model(workshop):
         assert all(torch.allclose(x, second[name], atol=1e-5) for name, x in first.items()), part
     with pytest.raises(RecipeError, match="model.start .* tasks and labels"):
         workshop.train("topics", settings=(*settings, f'model.start="{output / "final"}"'))
+
+
+def test_two_runs_are_averaged_where_tasks_train_and_nowhere_else():
+    first, second = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for name, weight in second.named_parameters():
+            if name.startswith("heads."):
+                weight.add_(1.0)
+    start = {name: x.clone() for name, x in second.state_dict().items()}
+    average(first, second, 0.75)
+    for name, weight in second.state_dict().items():
+        assert torch.allclose(weight, start[name] - (0.25 if name.startswith("heads.") else 0)), name
+    with pytest.raises(ValueError, match="--share is 2"):
+        average(first, second, 2)
+    with torch.no_grad():
+        second.encoder.embeddings.word_embeddings.weight.add_(1.0)
+    with pytest.raises(ValueError, match="what no task trains"):
+        average(first, second, 0.5)
 
 
 def test_the_run_folder_says_what_was_run(workshop):
