@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from common.files import ROOT
 from release.figures import MISSING, render_figures
-from release.tables import RENDERERS, emissions, read, read_some
+from release.tables import RENDERERS, emissions, measured_metrics, read, read_some
 
 _METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _MARKER = "<!-- results -->"
@@ -49,7 +49,7 @@ def metadata(card: str, folder: Path) -> str:
     evaluations = [
         _evaluation(task, metric, read(task.get("results", "release"), folder)["tasks"][key])
         for key, task in described.items()
-        for metric in task["metrics"]
+        for metric in measured_metrics(task, read(task.get("results", "release"), folder)["tasks"][key])
     ]
     # A data set without an owner is a local one: the Hub could not link to it.
     fields["datasets"] = sorted({task["dataset"] for task in described.values() if "/" in task["dataset"]})

@@ -75,13 +75,18 @@ def results_table(folder: Path) -> str:
         found = read(name, folder)["tasks"][key]
         lower = (read_some(f"{name}_lower", folder) or {"tasks": {}})["tasks"].get(key)
         split = "" if found["split"] == "test" else f", {found['split']} split"
-        for metric in task["metrics"]:
+        for metric in measured_metrics(task, found):
             others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in metric.get("published", []))
             value = f"**{found['metrics'][metric['key']]:.3f}**"
             rewritten = f"{lower['metrics'][metric['key']]:.3f}" if lower else ""
             place = f"{task['dataset_name']} ({found['rows']:,}{split})"
             rows.append([task["title"], place, metric["name"], value, rewritten, others])
     return markdown(header, rows)
+
+
+def measured_metrics(task: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the described metrics of a task that its result holds."""
+    return [metric for metric in task["metrics"] if metric["key"] in found["metrics"]]
 
 
 def interval_table(folder: Path) -> str:
@@ -154,6 +159,21 @@ def transfer_table(folder: Path) -> str | None:
         difference = points(shared["metrics"][key] - alone["metrics"][key])
         rows.append([task["title"], metric["name"], *values, difference])
     return markdown(["task", "metric", "trained alone", "joint training", "difference"], rows) if rows else None
+
+
+def research_table(folder: Path) -> str | None:
+    """Returns the architecture on the literature's benchmarks: joint training, each task alone, and published figures."""
+    joint = read_some("research", folder)
+    if joint is None:
+        return None
+    rows = []
+    for name, about in read("published", folder)["research"].items():
+        key = about["metric"]
+        alone = (read_some(f"research_{name}", folder) or {"tasks": {}})["tasks"].get(name)
+        values = [_with_interval(x, key) if x else "" for x in (joint["tasks"].get(name), alone)]
+        others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in about["models"])
+        rows.append([about["title"], about["metric_name"], *values, others])
+    return markdown(["test set", "metric", "joint training", "trained alone", "published"], rows)
 
 
 def _with_interval(found: dict[str, Any], key: str) -> str:
@@ -375,6 +395,7 @@ RENDERERS: dict[str, Callable[[Path], str | None]] = {
     "levers": levers_tables,
     "licenses": licenses_table,
     "replaces": replaces_table,
+    "research": research_table,
     "results": results_table,
     "rivals": rivals_table,
     "specification": specification_table,
