@@ -504,7 +504,7 @@ def main() -> None:
         train(recipe.only(*args.only) if args.only else recipe, args.output, args.resume)
         if torch.distributed.is_initialized():
             exit_worker()
-    except (RecipeError, DataError, TrainingError, OSError) as error:
+    except (RecipeError, DataError, TrainingError, OSError, SafetensorError) as error:
         sys.exit(str(error))
 
 

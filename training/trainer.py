@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -173,8 +174,20 @@ class MultiTaskTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint, and last of all the mark that it is whole."""
+        """Writes a checkpoint, and last of all the mark that it is whole.
+
+        Raises:
+            TrainingError: A weight is not finite, or the checkpoint cannot be written.
+        """
         self._check_weights()
+        try:
+            self._write_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+            step = self.state.global_step
+            message = f"Step {step}: the checkpoint cannot be written ({error}). {self._remains()}. Continue with --resume."
+            raise TrainingError(message) from error
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
         if not self.args.should_save:
@@ -210,12 +223,14 @@ class MultiTaskTrainer(Trainer):
                 raise TrainingError(self._stopped(self.state.global_step, f"the weights of {name} are no longer finite"))
 
     def _stopped(self, step: int, reason: str) -> str:
-        found = newest_checkpoint(Path(self.args.output_dir))
-        remains = f"the last good checkpoint is {found}" if found else "no checkpoint was written before"
         return (
-            f"Step {step}: {reason}. Training stops; {remains}. Lower optimizer.learning_rate or "
+            f"Step {step}: {reason}. {self._remains()}. Lower optimizer.learning_rate or "
             "optimizer.head_learning_rate, or look for broken values in the data."
         )
+
+    def _remains(self) -> str:
+        found = newest_checkpoint(Path(self.args.output_dir))
+        return f"Training stops; {f'the last good checkpoint is {found}' if found else 'no checkpoint was written before'}"
 
 
 def newest_checkpoint(output: Path) -> Path | None:
