@@ -1,8 +1,10 @@
-"""What a projected embedding keeps at fewer dimensions: nearest neighbours, similarity and retrieval on test sets.
+"""What the embedding keeps at fewer dimensions: `python -m evaluation.embedding . --data DATA --output results/embedding.json`.
 
-Axes: N texts, Q queries, H the full vector, E the projected one.
+Nearest neighbours, similarity, retrieval and classification from ten texts a label, all on test sets, with the encoder's full
+vector beside the projected one and its prefixes. Axes: N texts, Q queries, H the full vector, E the projected one.
 """
 
+import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,15 +13,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
+from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
+from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
+from common.files import environment_info
 from evaluation.metrics import ndcg, neighbour_overlap, ranked_documents, recall_at, similarity_metrics
 
 NEIGHBOURS = 10
 NEIGHBOUR_SET = "wnut17"
 PAIR_SETS = ("stsb", "sick_r", "sts_unseen")
 RETRIEVAL_SETS = ("squad_sentences", "scifact")
+PROBE_SETS = ("clinc150", "hwu64")
+PROBE_ROWS, PROBE_DRAWS, PROBE_C = (
+    10,
+    5,
+    10.0,
+)  # training rows of each label; how often they are drawn; inverse regularization
 ENCODED_TOGETHER = 1000  # texts in a file of the cache
 
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -79,7 +90,7 @@ def prefix_views(matrix: np.ndarray, dims: Iterable[int]) -> dict[str, View]:
 def measure_embedding(
     encode: Encode, data: Path, views: Mapping[str, View]
 ) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-    """Yields each test set's name and its figures in each view: overlap@10, Spearman's correlation, or nDCG@10 and recall@100.
+    """Yields each test set's name and its figures in each view: overlap@10, Spearman's correlation, nDCG@10 and recall@100, or accuracy.
 
     Args:
         encode: Texts to vectors, float [N, H]; every test set is encoded once.
@@ -93,6 +104,7 @@ def measure_embedding(
         NEIGHBOUR_SET: neighbour_measure,
         **dict.fromkeys(PAIR_SETS, pair_measure),
         **dict.fromkeys(RETRIEVAL_SETS, retrieval_measure),
+        **dict.fromkeys(PROBE_SETS, probe_measure),
     }
     for name, measure_of in prepare.items():
         measure = measure_of(encode, data / name)
@@ -130,6 +142,28 @@ def retrieval_measure(encode: Encode, folder: Path) -> Measure:
     return measure
 
 
+def probe_measure(encode: Encode, folder: Path) -> Measure:
+    """Returns what computes a view's test accuracy under linear probing with `PROBE_ROWS` training rows a label, a mean of draws."""
+    train, test = (read_columns(folder / f"{split}.parquet", "text", "label") for split in ("train", "test"))
+    labels, truth = np.array(train["label"]), np.array(test["label"])
+    known, unknown = encode(train["text"]), encode(test["text"])
+
+    def draw(seed: int) -> np.ndarray:
+        order = np.random.default_rng(seed).permutation(len(labels))
+        return np.concatenate([order[labels[order] == label][:PROBE_ROWS] for label in np.unique(labels)])
+
+    def accuracy(view: View, rows: np.ndarray) -> float:
+        probe = LogisticRegression(C=PROBE_C, max_iter=1000).fit(unit(view(known[rows])), labels[rows])
+        return float((probe.predict(unit(view(unknown))) == truth).mean())
+
+    return lambda view: {"accuracy": float(np.mean([accuracy(view, draw(seed)) for seed in range(PROBE_DRAWS)]))}
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Returns vectors, float [N, E], at unit length."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def distinct_texts(folder: Path, split: str) -> list[str]:
     """Returns the distinct texts of a split in their order; tokens are joined by spaces."""
     path = folder / f"{split}.parquet"
@@ -141,3 +175,24 @@ def distinct_texts(folder: Path, split: str) -> list[str]:
 def read_columns(path: Path, *names: str) -> dict[str, list[Any]]:
     """Returns columns of a parquet file."""
     return pyarrow.parquet.read_table(path, columns=list(names)).to_pydict()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="release folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--dims", type=int, nargs="+", default=[256, 128, 64], help="Matryoshka dimensions to measure")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the encoder's vectors between runs")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    views = prefix_views(load_file(args.model / "2_Dense/model.safetensors")["linear.weight"], args.dims)
+    command = "python -m evaluation.embedding MODEL --data DATA"
+    found: dict[str, Any] = {"command": command, "rows_per_label": PROBE_ROWS, "draws": PROBE_DRAWS, "test": {}}
+    for name, figures in measure_embedding(EncoderVectors(str(args.model), args.cache), args.data, views):
+        found["test"][name] = figures
+        args.output.write_text(json.dumps({**found, **environment_info()}, indent=2) + "\n", "utf-8")
+        print(name, json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -119,11 +119,14 @@ def data(tmp_path):
     words = [f"word{i}" for i in range(40)]
     texts = [f"{a} {b}" for a in words for b in words[:2]]
     tokens = {"tokens": [text.split() for text in texts]}
-    for name in {*projection.FIT_SETS, *projection.VALIDATION_SETS}:
+    for name in {*projection.FIT_SETS, *projection.VALIDATION_SETS} - set(embedding.PROBE_SETS):
         write_set(tmp_path / name, train={"text": texts}, validation={"text": [*texts, texts[0]]}, test=tokens)
     pairs = {"sentence1": texts[:20], "sentence2": texts[20:40], "score": np.linspace(0, 1, 20).tolist()}
     for name in embedding.PAIR_SETS:
         write_set(tmp_path / name, validation=pairs, test=pairs)
+    labelled = {"text": texts, "label": [i % 2 for i in range(80)]}
+    for name in embedding.PROBE_SETS:
+        write_set(tmp_path / name, train=labelled, validation=labelled, test=labelled)
     for name in embedding.RETRIEVAL_SETS:
         corpus = {"id": [f"d{i}" for i in range(80)], "text": texts}
         qrels = {"query_id": ["q0", "q1"], "doc_id": ["d0", "d3"], "score": [1, 1]}
@@ -153,10 +156,11 @@ def test_the_full_vector_and_every_prefix_are_measured(encoder, data):
     width = encode(["any"]).shape[1]
     views = embedding.prefix_views(np.eye(width, dtype=np.float32), [width, 4])
     found = dict(embedding.measure_embedding(encode, data, views))
-    assert set(found) == {"wnut17", "stsb", "sts_unseen", "sick_r", "scifact", "squad_sentences"}
+    assert set(found) == {"wnut17", "stsb", "sts_unseen", "sick_r", "scifact", "squad_sentences", "clinc150", "hwu64"}
     assert found["wnut17"][str(width)] == {"overlap@10": 1.0}
     assert found["wnut17"]["4"]["overlap@10"] < 1
     assert found["scifact"][str(width)] == {"ndcg@10": 1.0, "recall@100": 1.0}
+    assert found["clinc150"][str(width)]["accuracy"] > 0.9, "the second word is the label"
 
 
 def test_tokens_are_joined_and_copies_dropped(data):

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from evaluation.embedding import (
     PAIR_SETS,
+    PROBE_SETS,
     RETRIEVAL_SETS,
     EncoderVectors,
     View,
@@ -221,7 +222,7 @@ def validation_figures(encode: EncoderVectors, data: Path, seed: int, views: dic
 
 def check_data(data: Path) -> None:
     """Raises a FileNotFoundError that names every data set that is missing, before hours are spent on the others."""
-    needed = {*FIT_SETS, *VALIDATION_SETS, VALIDATION_PAIRS, *PAIR_SETS, *RETRIEVAL_SETS}
+    needed = {*FIT_SETS, *VALIDATION_SETS, VALIDATION_PAIRS, *PAIR_SETS, *RETRIEVAL_SETS, *PROBE_SETS}
     if missing := sorted(name for name in needed if not (data / name).is_dir()):
         raise FileNotFoundError(f"{data} lacks the data sets {', '.join(missing)}; give --data the folder that holds them.")
 
