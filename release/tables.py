@@ -12,6 +12,7 @@ from typing import Any
 
 from common.files import ROOT
 
+THREE_MODELS = ("SentenceTransformer.encode", "VADER", "spaCy's small pipeline")  # as benchmarks.rivals names them
 DIMENSIONS = ("384", "256", "128", "64")
 SET_NAMES = {
     "wnut17": "WNUT-17",
@@ -315,6 +316,7 @@ def replaces_table(folder: Path) -> str:
         ["vectors of your all-MiniLM-L6-v2 index stay valid", "yes", "yes: same file, same vectors"],
         ["models to download, load and call", "3", "1"],
         *_quality_rows(read_some("rivals", folder) or {}),
+        *_size_rows(folder),
         *_speed_rows(read_some("benchmarks", folder) or {}),
         ["output", "three formats, no emotions", "one record, with 28 emotions, offsets and scores"],
         ["your own label set", "another model to train and serve", "`add_task`, vectors unchanged"],
@@ -333,8 +335,26 @@ def _quality_rows(rivals: dict[str, Any]) -> list[list[str]]:
 
 
 def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Returns the rows that results/benchmarks.json holds under "replaces": [{"title", "three", "one"}], values as text."""
-    return [[row["title"], row["three"], f"**{row['one']}**"] for row in found.get("replaces", [])]
+    """Returns the rows of results/benchmarks.json: texts per second, and one short text."""
+    rows = [[row["title"], row["three"], f"**{row['one']}**"] for row in found.get("replaces", [])]
+    short = {name: times["median"] for name, times in found.get("one_short_text_milliseconds", {}).items()}
+    if short.keys() >= set(THREE_MODELS):
+        three = f"{sum(short[name] for name in THREE_MODELS):.1f} ms"
+        for title, backend in (("PyTorch", "torch"), ("8 bits", "onnx-int8")):
+            if (name := f"everything, {backend}") in short:
+                rows.append([f"one short text, {title}", three, f"**{short[name]:.1f} ms**"])
+    return rows
+
+
+def _size_rows(folder: Path) -> list[list[str]]:
+    """Returns the row of download sizes: the encoder's and spaCy's as published, this model's as its files are."""
+    sizes = [folder / name for name in ("model.safetensors", "heads/model.safetensors", "2_Dense/model.safetensors")]
+    published = read_some("published", folder)
+    if published is None or not all(path.is_file() for path in sizes):
+        return []
+    encoder, *rest = (path.stat().st_size / 1e6 for path in sizes)
+    three = encoder + published["spacy_small"]["megabytes"]
+    return [["weights to download", f"{three:.0f} MB", f"**{encoder + sum(rest):.0f} MB**"]]
 
 
 # Training
