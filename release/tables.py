@@ -33,7 +33,7 @@ SET_NAMES = {
     "tweet_sentiment": "TweetEval sentiment",
 }
 OVERLAP = "nearest-neighbour overlap@10"
-METRIC_NAMES = {"overlap@10": OVERLAP, "spearman": "Spearman", "ndcg@10": "nDCG@10"}
+METRIC_NAMES = {"overlap@10": OVERLAP, "spearman": "Spearman", "ndcg@10": "nDCG@10", "accuracy": "linear-probe accuracy"}
 
 
 def read(name: str, folder: Path = ROOT) -> dict[str, Any]:
