@@ -17,11 +17,6 @@ CASING_DROPOUT = 0.15  # share of texts whose casing is hidden in training, so t
 EFFECTIVE_NUMBER_BETA = 0.999
 
 
-def hide_casing(casing_ids: Tensor) -> Tensor:
-    """Returns casing ids, int [B, T], of which some texts' are unknown, so that training learns that value too."""
-    return casing_ids * (torch.rand(len(casing_ids), 1, device=casing_ids.device) >= CASING_DROPOUT)
-
-
 def class_weights(counts: Tensor, method: str) -> Tensor | None:
     """Returns a weight per class whose mean over the examples is 1, or None for "none".
 
@@ -171,7 +166,8 @@ class Objective:
         batch = dict(batch)
         tasks, labels, target = self.tasks[batch.pop("stream")], batch.pop("labels"), batch.pop("target", None)
         if "casing_ids" in batch and model.training:
-            batch["casing_ids"] = hide_casing(batch["casing_ids"])
+            shown = torch.rand(len(batch["casing_ids"]), 1, device=batch["casing_ids"].device) >= CASING_DROPOUT
+            batch["casing_ids"] = batch["casing_ids"] * shown
         trains_embedding = target is not None or any(x.kind in EMBEDDING_KINDS for x in tasks.values())
         out = model(**batch, tasks=[name for name in labels if name in specs], output_embedding=trains_embedding)
         pooled = pool(out.last_hidden_state, batch["attention_mask"], pooling_mode) if trains_embedding else None

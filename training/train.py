@@ -305,12 +305,6 @@ def validation_texts(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(" ".join(x) if isinstance(x, list) else x for x in texts))
 
 
-def unwrap_batch(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the only item of a list: an item of a `BatchPlan` is a whole batch."""
-    (item,) = items
-    return item
-
-
 def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[MultiTaskTrainer, dict[str, Any]]:
     """Returns a trainer that is ready to run, and what to note of its data sets.
 
@@ -336,7 +330,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         args=args,
         train_dataset=batches,
         eval_dataset=batches if recipe.run.evaluations else None,  # asked for by the Trainer; the evaluator reads its own
-        data_collator=unwrap_batch,
+        data_collator=lambda items: items[0],  # an item of the plan is a whole batch
         processing_class=tokenizer,
         optimizers=(new_optimizer(model, recipe.optimizer, objective.loss_weights), None),
         callbacks=[UnfreezeOnSchedule(model, recipe.freezing), Clock()],
@@ -362,7 +356,8 @@ def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
         return None
     if not resume:
         raise RecipeError(f"{output} holds a run already; continue it with --resume, or give another --output")
-    if keys := changed_settings(output, recipe):
+    stored = json.loads(path.read_text("utf-8"))
+    if keys := sorted({key for key, _ in _flat(as_json(recipe)) ^ _flat(stored)}):
         raise RecipeError(f"{output} holds the run of another recipe; these settings differ: {', '.join(keys)}")
     if (output / "metrics.json").exists():
         raise RecipeError(f"{output} holds this run, and it is finished; there is nothing to resume")
@@ -373,22 +368,9 @@ def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
     return newest_checkpoint(output)
 
 
-def check_same_data(output: Path, facts: dict[str, Any]) -> None:
-    """Raises a RecipeError if the run in a folder was started on other data than these."""
-    before = json.loads((output / "run.json").read_text("utf-8"))["data"]
-    if changed := [name for name, x in facts.items() if before.get(name) != x]:
-        raise RecipeError(f"{output} was started on other data: the train split of {', '.join(changed)} has changed since")
-
-
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """Returns a recipe as JSON holds it."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
-
-
-def changed_settings(run: Path, recipe: Recipe) -> list[str]:
-    """Returns the settings in which the recipe of a run folder is not this one."""
-    stored = json.loads((run / "recipe.json").read_text("utf-8"))
-    return sorted({key for key, _ in _flat(as_json(recipe)) ^ _flat(stored)})
 
 
 def _flat(fields: dict[str, Any], place: str = "") -> set[tuple[str, str]]:
@@ -415,8 +397,8 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
         ValueError: A data set does not hold what the recipe says.
         TrainingError: A loss or a weight was no longer finite.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / "training.lock", timeout=0)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output.parent / f".{output.name}.lock", timeout=0)
     try:
         with lock if int(os.environ.get("RANK", "0")) == 0 else nullcontext():  # of several processes, the first holds it
             return train_alone(recipe, output, resume)
@@ -435,7 +417,11 @@ def train_alone(recipe: Recipe, output: Path, resume: bool) -> MultiTaskModel:
     trainer, facts = new_trainer(recipe, output, tokenizer)
     preflight(trainer.model, tokenizer, recipe)
     if checkpoint is not None:
-        check_same_data(output, facts)
+        before = json.loads((output / "run.json").read_text("utf-8"))["data"]
+        if changed := [name for name, x in facts.items() if before.get(name) != x]:
+            raise RecipeError(
+                f"{output} was started on other data: the train split of {', '.join(changed)} has changed since"
+            )
     if trainer.is_world_process_zero():
         write_json(output / "recipe.json", as_json(recipe))
         write_json(output / "run.json", {"command": sys.argv, **sizes(trainer.model), "data": facts, **environment_info()})
