@@ -560,7 +560,7 @@ class MultiTaskPipeline(Pipeline):
             seed: Decides what is held out, and how entities are trained.
             progress: Whether to show progress bars; None: on a terminal.
             refit: Whether a task of this name may be replaced.
-            **settings: `pooling_mode` and `fallback` of a head for texts; `hidden_dim`, `casing_dim`, `classifier_dropout`
+            **settings: `reads` (default "both"), `pooling_mode` and `fallback` of a head for texts; `hidden_dim`, `casing_dim`, `classifier_dropout`
                 and `epochs` of one for entities.
 
         Returns:

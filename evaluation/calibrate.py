@@ -12,68 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax
+from scipy.special import expit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.data import DataError, has_split, load_task_split
 from common.recipe import Recipe, RecipeError
 from configuration_multitask import PROBLEM_TYPES
 from evaluation.evaluate import DEFAULT_RECIPE, check_splits, predict
+from learning_multitask import fit_temperature, fit_thresholds
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 
-BOUNDS = (0.05, 20.0)
-THRESHOLDS = np.round(np.arange(0.05, 0.91, 0.01), 2)
-RARE = 20
 REGRESSION = PROBLEM_TYPES[2]
-
-
-def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the mean over items of -log p(label).
-
-    Args:
-        logits: float [N, C].
-        labels: int [N], one label each; or 0/1 [N, C], any number of labels, judged one by one.
-    """
-    if labels.ndim == 1:
-        return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
-    return float(np.logaddexp(0, np.where(labels > 0, -logits, logits)).mean())
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the temperature in `BOUNDS` by which the logits are divided for the least negative log-likelihood.
-
-    It has three decimals, and is 1 where nothing is gained, for instance if all logits are equal.
-
-    Args:
-        logits: float [N, C], without any temperature.
-        labels: int [N], or 0/1 [N, C] for multi-label tasks.
-    """
-    logits = logits.astype(float)
-
-    def loss(log_temperature: float) -> float:
-        return negative_log_likelihood(logits / np.exp(log_temperature), labels)
-
-    found = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-6})
-    temperature = round(float(np.exp(found.x)), 3)
-    return temperature if loss(np.log(temperature)) < loss(0.0) else 1.0
-
-
-def fit_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
-    """Returns for each label the probability in `THRESHOLDS` from which to answer it, for the best F1 on these items.
-
-    A label with fewer than `RARE` items gets the threshold that is best for all labels together: its own would be chance.
-
-    Args:
-        probabilities: float [N, C].
-        truth: 0/1 [N, C].
-    """
-    found = probabilities[None] >= THRESHOLDS[:, None, None]  # [thresholds, N, C]
-    hits, answers, items = (found & (truth > 0)).sum(axis=1), found.sum(axis=1), truth.sum(axis=0)
-    f1 = 2 * hits / np.maximum(answers + items, 1)  # [thresholds, C]
-    common = (2 * hits.sum(axis=1) / np.maximum(answers.sum(axis=1) + items.sum(), 1)).argmax()
-    return [float(THRESHOLDS[f1[:, i].argmax() if items[i] >= RARE else common]) for i in range(truth.shape[1])]
 
 
 def calibrate(

@@ -14,6 +14,7 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
 from transformers import AutoTokenizer
 
+import learning_multitask
 from common.data import has_split, token_spans
 from common.recipe import Recipe, TaskRecipe
 from evaluation import calibrate, evaluate, metrics, plots
@@ -109,10 +110,10 @@ def test_words_get_the_tag_of_their_token():
 def test_temperature_by_hand():
     logits, labels = np.array([[2.0, 0.0]] * 4), np.array([0, 0, 0, 1])
     expected = 2 / np.log(3)  # sigmoid(2 / T) = 3/4
-    assert calibrate.fit_temperature(logits, labels) == pytest.approx(expected, abs=1e-3)
-    assert calibrate.fit_temperature(logits[:, :1], 1 - labels[:, None]) == pytest.approx(expected, abs=1e-3)
-    assert calibrate.fit_temperature(np.zeros((4, 2)), labels) == 1.0, "nothing to gain"
-    assert calibrate.fit_temperature(logits, np.zeros(4, dtype=int)) < 0.1, "always right, so as sure as allowed"
+    assert learning_multitask.fit_temperature(logits, labels) == pytest.approx(expected, abs=1e-3)
+    assert learning_multitask.fit_temperature(logits[:, :1], 1 - labels[:, None]) == pytest.approx(expected, abs=1e-3)
+    assert learning_multitask.fit_temperature(np.zeros((4, 2)), labels) == 1.0, "nothing to gain"
+    assert learning_multitask.fit_temperature(logits, np.zeros(4, dtype=int)) < 0.1, "always right, so as sure as allowed"
 
 
 def task(kind="sequence_classification", **fields):
@@ -284,9 +285,9 @@ def test_a_fitted_temperature_never_makes_labels_less_likely(seed, scale, multi_
     draw = np.random.default_rng(seed)
     logits = draw.normal(size=(20, 3)) * scale
     labels = draw.integers(0, 2, (20, 3)) if multi_label else draw.integers(0, 3, 20)
-    temperature = calibrate.fit_temperature(logits, labels)
-    assert calibrate.BOUNDS[0] <= temperature <= calibrate.BOUNDS[1]
-    before, after = (calibrate.negative_log_likelihood(x, labels) for x in (logits, logits / temperature))
+    temperature = learning_multitask.fit_temperature(logits, labels)
+    assert learning_multitask.TEMPERATURES[0] <= temperature <= learning_multitask.TEMPERATURES[1]
+    before, after = (learning_multitask.negative_log_likelihood(x, labels) for x in (logits, logits / temperature))
     assert after <= before
 
 
@@ -489,7 +490,7 @@ def test_a_live_model_is_calibrated_whatever_its_temperatures_were(data):
         now = evaluate.predict(pipe, name, recipe.tasks[name], data_sets()[name])
         assert now.spec.temperature == model.heads[name].spec.temperature == found[0][name]["temperature"]
         assert np.array_equal(now.logits.argmax(axis=1), then.logits.argmax(axis=1)) and now.tags == then.tags
-        loss = calibrate.negative_log_likelihood
+        loss = learning_multitask.negative_log_likelihood
         assert loss(now.logits, now.truth) <= loss(then.logits, then.truth) + 1e-6
     assert calibrate.calibrate(model, tiny_tokenizer(), recipe, split="test") == {}, "no such split: nothing to fit"
 
@@ -522,7 +523,7 @@ def test_thresholds_have_the_best_f1_and_rare_labels_the_common_one():
     probabilities = np.clip(0.2 + 0.3 * truth + rng.normal(0, 0.02, truth.shape), 0, 1)  # 0.2 if absent, 0.5 if present
     rare = np.zeros((400, 1), dtype=int)
     rare[0] = 1
-    found = calibrate.fit_thresholds(np.hstack([probabilities, 0.07 * rare]), np.hstack([truth, rare]))
+    found = learning_multitask.fit_thresholds(np.hstack([probabilities, 0.07 * rare]), np.hstack([truth, rare]))
     assert 0.2 < found[0] < 0.5 and 0.2 < found[1] < 0.5
     assert found[2] > 0.1, "one item says nothing about where to cut"
 

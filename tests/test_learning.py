@@ -195,7 +195,9 @@ def test_a_mistake_half_way_leaves_the_model_as_it_was(shared, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         shared.add_task("sentiment", CITIES, LABELS, refit=True)
     assert_kept(shared, before)
-    with pytest.raises(ValueError, match=r"head has the fields \['hidden_dim'\]; allowed here: fallback, pooling_mode"):
+    with pytest.raises(
+        ValueError, match=r"head has the fields \['hidden_dim'\]; allowed here: fallback, pooling_mode, reads"
+    ):
         shared.add_task("new", CITIES, LABELS, hidden_dim=3)
     with pytest.raises(ValueError, match="epochs is 3; it is for entities"):
         shared.add_task("new", CITIES, LABELS, epochs=3)

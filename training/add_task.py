@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from common.recipe import Recipe, RecipeError, TaskRecipe
 from configuration_multitask import SEQUENCE, TOKEN, WEIGHTS_INDEX
-from learning_multitask import Report, measure_task
+from learning_multitask import ENTITIES, LABEL, LABELS, NUMBER, PROBLEMS, Report, check_spans, found_spans, plain, score
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from release.export import ENCODER_FILE, HEADS_FILE, export
@@ -220,6 +220,36 @@ def load(source: Path) -> MultiTaskPipeline:
     return MultiTaskPipeline(model=model, tokenizer=tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def measure_task(pipe: MultiTaskPipeline, name: str, texts: list[Any], targets: list[Any]) -> Report:
+    """Returns how well a task answers other examples: `metric`, `score`, `confusions` and `rows`.
+
+    Raises:
+        ValueError: The examples have a label that the task lacks.
+    """
+    spec = pipe.model.config.task_specs[name]
+    kind = ENTITIES if spec.kind == TOKEN else {problem: kind for kind, problem in PROBLEMS.items()}[str(spec.problem_type)]
+    known = {x[2:] for x in spec.labels} if kind == ENTITIES else set(spec.labels)
+    rows = [(text, plain(x)) for text, x in zip(texts, targets, strict=True)]
+    rows = [(text, x) for text, x in rows if x is not None and plain(text) is not None]
+    if kind == ENTITIES:
+        rows = [(text, check_spans(text, x)) for text, x in rows]
+    for _, x in rows:
+        said = {LABEL: [x], NUMBER: [], LABELS: x, ENTITIES: [s[2] for s in x] if kind == ENTITIES else []}[kind]
+        if unknown := [label for label in said if label not in known]:
+            raise ValueError(
+                f"The test split has the label {unknown[0]!r}, which the examples lack: {', '.join(sorted(known))}."
+            )
+    answers = [_answer(kind, name, record) for record in pipe([text for text, _ in rows], tasks=[name], embedding=False)]
+    return {**score(kind, [x for _, x in rows], answers), "rows": len(rows)}
+
+
+def _answer(kind: str, name: str, record: dict[str, Any]) -> Any:
+    if kind == ENTITIES:
+        return found_spans(record["entities"][name])
+    answer = record["labels"][name]
+    return next(iter(answer["values"].values())) if kind == NUMBER else answer[kind]
+
+
 def add_recipe_task(pipe: MultiTaskPipeline, recipe: Recipe) -> Report:
     """Adds a recipe's one task to a pipeline's model and returns the report, with `test` if there is another split."""
     from common.data import has_split
@@ -232,7 +262,7 @@ def add_recipe_task(pipe: MultiTaskPipeline, recipe: Recipe) -> Report:
     report = pipe.add_task(name, *rows, labels=names, seed=recipe.run.seed, **head)
     splits = [x for x in ("test", "validation") if all(has_split(part, x) for part in task.parts(name).values())]
     if splits:
-        measured = measure_task(pipe.annotator, name, *read_split(task, splits[0], recipe.run.seed)[0])
+        measured = measure_task(pipe, name, *read_split(task, splits[0], recipe.run.seed)[0])
         report["test"] = {**measured, "split": splits[0]}
     return report
 
@@ -270,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
         rows, test = read_file(args.data, *columns), args.test and read_file(args.test, *columns)
         report = pipe.add_task(args.name or args.label_column, *rows, seed=args.seed)
         if test:
-            report["test"] = measure_task(pipe.annotator, report["task"], *test)
+            report["test"] = measure_task(pipe, report["task"], *test)
     print(summary(report))
     write_model(pipe, source, args.output)
     print(f"{args.output} holds the model with its new task")
