@@ -278,10 +278,9 @@ def main() -> None:
     measure(args, cells)
     picture(cells, args.output.with_suffix(".png"))
     if args.output == parser.get_default("output"):
-        page = PAGE.read_text("utf-8")
-        mark = "<!-- own-task -->"
-        before, _, after = page.split(mark)
-        PAGE.write_text(f"{before}{mark}\n{table(cells)}\n{mark}{after}", "utf-8")
+        rendered = f"<!-- own-task -->\n{table(cells)}\n<!-- /own-task -->"
+        block = re.compile("<!-- own-task -->.*<!-- /own-task -->", re.DOTALL)
+        PAGE.write_text(block.sub(lambda _: rendered, PAGE.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":
