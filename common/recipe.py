@@ -282,7 +282,12 @@ class Recipe:
 
     @classmethod
     def read(
-        cls, path: str | Path, data: Path | None = None, encoder: str | None = None, overrides: Iterable[str] = ()
+        cls,
+        path: str | Path,
+        data: Path | None = None,
+        encoder: str | None = None,
+        overrides: Iterable[str] = (),
+        only: Iterable[str] = (),
     ) -> "Recipe":
         """Returns the checked recipe of a TOML file.
 
@@ -291,6 +296,7 @@ class Recipe:
             data: If given, data sets are read from the folders there that the tasks' `folder` keys name.
             encoder: If given, the encoder to start from in place of the file's.
             overrides: Settings of the form "section.key=value", the value written as in TOML; a bare word is a string.
+            only: Names of the tasks to keep; what does not fit the others is then no problem. Empty: all.
 
         Raises:
             RecipeError: Keys are unknown, missing or of a wrong type or value, or the file is not TOML.
@@ -303,6 +309,8 @@ class Recipe:
             _override(fields, setting)
         if encoder and isinstance(fields.setdefault("model", {}), dict):
             fields["model"]["encoder"] = encoder
+        if only:
+            fields["tasks"] = _chosen(fields.get("tasks", {}), only)
         return cls.build(fields, str(path), data)
 
     @classmethod
@@ -335,9 +343,18 @@ class Recipe:
         Raises:
             RecipeError: There is no such task.
         """
-        if unknown := [name for name in names if name not in self.tasks]:
-            raise RecipeError(f"no task {unknown}; the recipe's tasks are: {', '.join(self.tasks)}")
-        return dataclasses.replace(self, tasks={name: self.tasks[name] for name in names})
+        return dataclasses.replace(self, tasks=_chosen(self.tasks, names))
+
+
+def _chosen(tasks: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns some of the tasks.
+
+    Raises:
+        RecipeError: There is no such task.
+    """
+    if unknown := [name for name in names if name not in tasks]:
+        raise RecipeError(f"no task {unknown}; the recipe's tasks are: {', '.join(tasks)}")
+    return {name: tasks[name] for name in names}
 
 
 def _local(task: TaskRecipe, data: Path) -> TaskRecipe:

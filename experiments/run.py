@@ -115,9 +115,7 @@ def cell_recipe(cell: Cell, data: Path | None, encoder: str) -> Recipe:
     """Returns a cell's recipe."""
     run = [f"run.seed={cell.seed}", "run.validation_rows=50", "run.calibrate=false", f"run.save_steps={CHECKPOINT_STEPS}"]
     settings = [setting.replace("{encoder}", encoder) for setting in cell.settings]
-    # A setting of a task that does not train here is checked, and then without effect.
-    recipe = Recipe.read(ROOT / cell.recipe, data, encoder, [*settings, *run])
-    return recipe.only(*cell.only) if cell.only else recipe
+    return Recipe.read(ROOT / cell.recipe, data, encoder, [*settings, *run], cell.only)
 
 
 def run_cell(cell: Cell, args: argparse.Namespace) -> None:

@@ -486,8 +486,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the run folder")
     args = parser.parse_args()
     try:
-        recipe = Recipe.read(args.recipe, args.data, args.encoder, args.set)
-        train(recipe.only(*args.only) if args.only else recipe, args.output, args.resume)
+        train(Recipe.read(args.recipe, args.data, args.encoder, args.set, args.only or ()), args.output, args.resume)
         if torch.distributed.is_initialized():
             exit_worker()
     except (RecipeError, DataError, TrainingError, OSError, SafetensorError) as error:
