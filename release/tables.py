@@ -79,7 +79,7 @@ def results_table(folder: Path) -> str:
         for metric in measured_metrics(task, found):
             others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in metric.get("published", []))
             value = f"**{found['metrics'][metric['key']]:.3f}**"
-            rewritten = f"{lower['metrics'][metric['key']]:.3f}" if lower else ""
+            rewritten = f"{lower['metrics'][metric['key']]:.3f}" if lower and metric["key"] in lower["metrics"] else ""
             place = f"{task['dataset_name']} ({found['rows']:,}{split})"
             rows.append([task["title"], place, metric["name"], value, rewritten, others])
     return markdown(header, rows)
@@ -172,7 +172,7 @@ def research_table(folder: Path) -> str | None:
         key = about["metric"]
         alone = (read_some(f"research_{name}", folder) or {"tasks": {}})["tasks"].get(name)
         values = [_with_interval(x, key) if x else "" for x in (joint["tasks"].get(name), alone)]
-        others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in about["models"])
+        others = "; ".join(f"{x['model']} {x['value']:.4g}" for x in about["models"])
         rows.append([about["title"], about["metric_name"], *values, others])
     return markdown(["test set", "metric", "joint training", "trained alone", "published"], rows)
 
@@ -259,7 +259,7 @@ def specification_table(folder: Path) -> str | None:
         ["parameters", ", ".join(counts)],
         [
             "embedding",
-            f"{width} dimensions (upstream's), or {config['embedding_dim']} with prefixes of 128 and 64; unit length",
+            f"{width} dimensions (upstream's), or {config['embedding_dim']} with Matryoshka prefixes of 128 and 64; unit length",
         ],
         ["heads", heads],
         ["maximum length", f"{window} tokens per window; the multitask pipeline reads longer texts in overlapping windows"],
