@@ -210,7 +210,7 @@ DAMAGE = {
         lambda r: edit(r / "config.json", auto_map={"AutoModel": "u/r--m.M"}),
         "config.json: auto_map is",
     ),
-    "labels twice": (lambda r: edit(r / "config.json", id2label={"0": "a"}), "config.json: id2label and label2id"),
+    "labels twice": (lambda r: edit(r / "config.json", id2label={"0": "a"}), "config.json: remove id2label and label2id"),
     "half dtype": (lambda r: edit(r / "config.json", dtype="float16"), "config.json: dtype is 'float16'"),
     "a new label": (
         lambda r: edit(r / "config.json", tasks={**TASKS, "pos": {**TASKS["pos"], "labels": ["A", "B"]}}),
