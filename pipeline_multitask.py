@@ -4,9 +4,11 @@
 the command line and whatever else serves the model. Axes: W words, C labels, E embedding.
 """
 
+import copy
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,8 @@ MOST_MARKS = 30
 # Where `python -m release.onnx` writes the model, by the name of the backend that runs it.
 ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_quantized.onnx"}
 BACKENDS = ("torch", *ONNX_FILES)
+# ONNX Runtime joins additions and layer norms to operators that take several times as long on a CPU as both by themselves.
+SLOW_FUSIONS = ["SkipLayerNormFusion"]
 # An ONNX session computes its whole graph. Of a model with a task branch, two more files hold the graph of the embeddings
 # alone and that of the logits alone; their weights are those in the file of the whole graph, which is beside them.
 ONNX_PARTS = ("embedding", "tasks")
@@ -97,15 +101,18 @@ def word_starts(text: str, offsets: Sequence[Span], word_ids: Sequence[int | Non
     return spans, starts
 
 
+@lru_cache(maxsize=4096)
 def _joins_words(character: str) -> bool:
     return character.isalnum() or character == "_" or _is_mark(character)
 
 
+@lru_cache(maxsize=4096)
 def _is_mark(character: str) -> bool:
     """Returns whether a character only modifies the one before it: an accent, a vowel sign, a variation selector."""
     return unicodedata.category(character).startswith("M")
 
 
+@lru_cache(maxsize=65536)
 def word_casing(word: str) -> int:
     """Returns how a word is written, as an index into `CASINGS`; letters without case count as lower."""
     if word.islower():
@@ -278,7 +285,9 @@ class OnnxModel:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
             options.log_severity_level = 3  # it warns of every input that may be left out
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW_FUSIONS
+            )
             whole = session.get_modelmeta().custom_metadata_map.get("weights_sha256")
             if whole and whole != sha256(self.paths[""]):
                 raise ValueError(
@@ -347,10 +356,15 @@ class Annotator:
         """Yields a record for each text; the options are those of `MultiTaskPipeline`, already checked."""
         names = list(self.model.config.tasks) if tasks is None else tasks
         for chunk in text_chunks(texts):
-            windows = self.windows(chunk, names)
+            distinct = list(dict.fromkeys(chunk))  # the same text is computed once
+            windows = self.windows(distinct, names)
             for batch in length_batches(windows, batch_tokens or self.batch_tokens):
                 self.run(batch, names, VECTORS[embedding])
-            yield from self.records(chunk, windows, names, VECTORS[embedding], min_score)
+            records = self.records(distinct, windows, names, VECTORS[embedding], min_score)
+            if len(distinct) < len(chunk):
+                found = dict(zip(distinct, records, strict=True))
+                records = [copy.deepcopy(found[text]) for text in chunk]
+            yield from records
 
     def windows(self, texts: list[str], tasks: list[str]) -> list[Window]:
         """Returns the windows of all texts, in their order."""

@@ -1,7 +1,7 @@
 """Writes a model as ONNX, for ONNX Runtime and all that is built on it: `python -m release.onnx REPO` writes
 
     onnx/model.onnx             float32, the numbers of PyTorch within 1e-4
-    onnx/model_quantized.onnx   8-bit weights: a quarter of the size, faster on a CPU, a little less exact
+    onnx/model_quantized.onnx   8 bits: a quarter of the size, faster on a CPU, a little less exact
 
 Both give `last_hidden_state`, `sentence_embedding`, `encoder_embedding` and `logits.<task>` of every task. They need
 `input_ids` and `attention_mask`; `token_type_ids` and `casing_ids`, where the model reads them, may be left out and are zero
@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -38,6 +38,7 @@ from pipeline_multitask import (
     CPU_BATCH_TOKENS,
     ONNX_FILES,
     ONNX_PARTS,
+    SLOW_FUSIONS,
     Annotator,
     length_batches,
     onnx_part,
@@ -52,6 +53,8 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
 EMBEDDINGS = ("last_hidden_state", "sentence_embedding", "encoder_embedding")
 SHARED_BYTES = 1024  # smaller weights are stored with each graph
+NARROWEST = 32  # matrices with fewer rows or columns, such as those of the labels, stay in float
+ONNX_FLOAT, ONNX_UINT8 = 1, 2  # `onnx.TensorProto` types
 OPSET = 20  # the first in which Gelu is one operator, which is faster than its parts
 TOLERANCE = 1e-4
 VERIFIED_ROWS = 50  # of each column of texts of a data set
@@ -128,31 +131,129 @@ def write_graph(graph: Graph, path: Path) -> None:
     onnx_ir.save(program.model, path)
 
 
-def first_activation_product(path: Path) -> list[str]:
-    """Returns the name of the node that multiplies the first layer's activations (GELU), or nothing if there is none.
+class RowQuantizer:
+    """Rewrites a graph so that its matrix products run in 8 bits, with a scale for each token.
 
-    A few of what it multiplies are so great that in 8 bits the others vanish; in float it costs hardly any time.
+    A token's values are quantized by their own range, in unsigned 8 bits, so that a text's numbers never depend on the texts
+    beside it; each column of a matrix has its own scale, in signed 7 bits, since without VNNI the sums of two full products
+    overflow. ONNX Runtime adds up integers; scales and zero points are applied to the sums.
+
+    Args:
+        model: The graph, which is rewritten.
+        widest: Tokens have a zero point where a matrix [K, N] has N ≤ `widest` · K. A zero point keeps more of a range that
+            is not centred, and takes two passes more over what comes out.
+        kept: Names of products that stay in float.
     """
+
+    def __init__(self, model: Any, widest: float = 1.0, kept: Container[str] = ()) -> None:
+        self.graph, self.widest, self.kept = model.graph, widest, kept
+        self.matrices = {x.name: x for x in self.graph.initializer}
+        self.rank = {x.name: len(x.type.tensor_type.shape.dim) for x in self.graph.value_info}
+        self.nodes: list[Any] = []
+        self.tokens: dict[tuple[str, bool], tuple[str, ...]] = {}  # what is read by several matrices is quantized once
+        self.constants: dict[str, np.ndarray] = {}
+
+    def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
+        """Returns the name of a constant, which is stored with the graph."""
+        self.constants[name] = np.asarray(value, dtype=dtype)
+        return name
+
+    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        """Adds a node and returns the name of its output."""
+        import onnx
+
+        output = output or f"int8_{len(self.nodes)}"
+        self.nodes.append(onnx.helper.make_node(operator, inputs, [output], f"node_{output}", **attributes))
+        return output
+
+    def is_product(self, node: Any) -> bool:
+        """Returns whether a node multiplies tokens by a matrix; what is done once per text, or per label, stays in float."""
+        is_float = node.op_type != "MatMul" or node.name in self.kept or self.rank.get(node.input[0]) == 2
+        return not is_float and self.is_matrix(node.input[1])
+
+    def is_matrix(self, name: str) -> bool:
+        """Returns whether a constant is a matrix large enough to matter."""
+        return name in self.matrices and len(self.matrices[name].dims) == 2 and min(self.matrices[name].dims) >= NARROWEST
+
+    def quantized(self, values: str, width: int, symmetric: bool) -> tuple[str, ...]:
+        """Returns the names of tokens in 8 bits [M, K], of their scales [M, 1], and of 128 less their zero points [M, 1]."""
+        key = values, symmetric
+        if key not in self.tokens:
+            axis, middle = self.constant("int8_axis", [1], np.int64), self.constant("int8_middle_float", 128)
+            rows = self.add("Reshape", values, self.constant(f"int8_rows_{width}", [-1, width], np.int64))
+            highest, lowest = self.add("ReduceMax", rows, axis, keepdims=0), self.add("ReduceMin", rows, axis, keepdims=0)
+            below = self.add("Neg", lowest)
+            spread = self.add("Max" if symmetric else "Add", highest, below)
+            steps = self.constant("int8_half" if symmetric else "int8_whole", 127 if symmetric else 255)
+            scale = self.add("Div", self.add("Max", spread, self.constant("int8_least", 1e-9)), steps)
+            if symmetric:
+                zero = self.add("Expand", middle, self.add("Shape", scale))
+            else:
+                zero = self.add("Round", self.add("Div", below, scale))
+            found = self.add("QuantizeLinear", rows, scale, self.add("Cast", zero, to=ONNX_UINT8), axis=0)
+            self.tokens[key] = found, *(self.add("Unsqueeze", x, axis) for x in (scale, self.add("Sub", middle, zero)))
+        return self.tokens[key]
+
+    def product(self, node: Any) -> None:
+        """Adds, in place of a float product of [B, T, K] by [K, N], the same in 8 bits."""
+        from onnx import numpy_helper
+
+        (values, matrix), (output,) = node.input, node.output
+        weights = numpy_helper.to_array(self.matrices[matrix])
+        height, width = weights.shape
+        symmetric = width > self.widest * height
+        found, scale, offset = self.quantized(values, height, symmetric)
+        scales = np.maximum(abs(weights).max(axis=0), 1e-9) / 63
+        integers = np.round(weights / scales)
+        stored = self.constant(f"{matrix}_int8", integers, np.int8), self.constant("int8_one", 1)
+        middle = self.constant("int8_middle", 128, np.uint8)
+        scales_name = self.constant(f"{matrix}_scale", scales)
+        sums = self.add("MatMulIntegerToFloat", found, *stored, scales_name, middle, domain="com.microsoft")
+        if not symmetric:
+            totals = self.constant(f"{matrix}_sum", (scales * integers.sum(axis=0))[None])
+            sums = self.add("Add", sums, self.add("Mul", offset, totals))
+        columns = self.constant(f"int8_columns_{width}", [width], np.int64)
+        shape = self.add("Concat", self.add("Shape", values, end=-1), columns, axis=0)
+        self.add("Reshape", self.add("Mul", sums, scale), shape, output=output)
+
+    def lookup(self, node: Any) -> None:
+        """Adds, in place of a look-up in a float table, the same in 8 bits, with a scale for each row."""
+        from onnx import numpy_helper
+
+        (table, ids), (output,) = node.input, node.output
+        rows = numpy_helper.to_array(self.matrices[table])
+        scales = np.maximum(abs(rows).max(axis=1, keepdims=True), 1e-9) / 127
+        integers = self.constant(f"{table}_int8", np.round(rows / scales), np.int8)
+        found = self.add("Cast", self.add("Gather", integers, ids), to=ONNX_FLOAT)
+        self.add("Mul", found, self.add("Gather", self.constant(f"{table}_scale", scales), ids), output=output)
+
+    def run(self) -> None:
+        """Rewrites the graph."""
+        from onnx import numpy_helper
+
+        for node in list(self.graph.node):
+            if self.is_product(node):
+                self.product(node)
+            elif node.op_type == "Gather" and self.is_matrix(node.input[0]):
+                self.lookup(node)  # of the word embeddings, half of all weights
+            else:
+                self.nodes.append(node)
+        read = {name for node in self.nodes for name in node.input}
+        kept = [x for x in self.graph.initializer if x.name in read]
+        for field, values in (("node", self.nodes), ("initializer", kept)):
+            self.graph.ClearField(field)
+            getattr(self.graph, field).extend(values)
+        self.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in self.constants.items())
+
+
+def quantize(source: Path, target: Path, **options: Any) -> None:
+    """Writes a graph with its matrices and its word embeddings in 8 bits, see `RowQuantizer`."""
     import onnx
 
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    activations = {output for node in nodes if node.op_type == "Gelu" for output in node.output}
-    return [node.name for node in nodes if node.op_type == "MatMul" and node.input[0] in activations][:1]
-
-
-def quantize(source: Path, target: Path) -> None:
-    """Writes a graph with its matrices in 8 bits; what they multiply is quantized as it comes, batch by batch."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantize_dynamic(
-        source,
-        target,
-        op_types_to_quantize=["MatMul", "Gather"],  # Gather: the word embeddings, half of all weights
-        weight_type=QuantType.QInt8,  # with AVX2 a fifth faster than unsigned
-        reduce_range=True,  # with AVX2, sums of two full products can overflow
-        per_channel=True,  # a single scale for a matrix changes every tenth label
-        nodes_to_exclude=first_activation_product(source),
-    )
+    model = onnx.load(source)
+    RowQuantizer(model, **options).run()
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, target)
 
 
 def write_part(whole: Path, part: str, outputs: list[str]) -> None:
@@ -187,7 +288,8 @@ def onnx_run(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # it warns of every input that may be left out
-    return partial(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run, None)
+    providers = ["CPUExecutionProvider"]
+    return partial(onnxruntime.InferenceSession(path, options, providers, disabled_optimizers=SLOW_FUSIONS).run, None)
 
 
 def make_feeds(annotator: Annotator, graph: Graph, texts: Iterable[str]) -> list[dict[str, np.ndarray]]:

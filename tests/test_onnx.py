@@ -209,11 +209,24 @@ def test_eight_bits_are_smaller_and_mostly_agree(exported):
     assert session(folder, "onnx-int8").run(["sentence_embedding"], feed(1, 2))[0].shape == (1, 8)
 
 
-def test_the_product_with_the_greatest_values_stays_in_float(exported):
-    nodes = onnx.load(exported()[0] / ONNX_FILES["onnx-int8"]).graph.node
-    activations = {output for node in nodes if node.op_type == "Gelu" for output in node.output}
-    readers = [node.op_type for node in nodes if activations & set(node.input)]
-    assert readers.count("MatMul") == 1 and readers.count("DynamicQuantizeLinear") >= 1
+@pytest.mark.parametrize("backend", ["torch", *ONNX_FILES])
+@pytest.mark.parametrize("num_task_layers", [0, 1])
+def test_a_text_gets_the_same_answers_whatever_its_batch(exported, num_task_layers, backend):
+    folder, _ = exported("bert", num_task_layers)
+    pipe = pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend=backend)
+    texts = sample_texts()[:40]
+    together = pipe(texts, batch_tokens=2048)
+    for alone, beside in zip(pipe(texts, batch_tokens=1), together, strict=True):
+        np.testing.assert_allclose(alone["sentence_embedding"], beside["sentence_embedding"], atol=1e-5)
+        assert decisions(alone) == decisions(beside)
+
+
+def test_labels_and_projection_stay_in_float_in_eight_bits(exported):
+    graph = onnx.load(exported("bert", 1)[0] / ONNX_FILES["onnx-int8"]).graph
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 3 * 6, "query, key, value, output, up and down, of two layers and the branch"
+    read = {x.name for x in graph.initializer if x.data_type == onnx.TensorProto.INT8}
+    assert {node.input[1] for node in products} < read and len(read) == len(products) + 1, "and the word embeddings"
 
 
 def test_the_pipeline_gives_the_same_records_through_the_export(exported):
