@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.run import positive, write_result
+from benchmarks.run import WATCH, positive, write_result
 from common.files import ROOT
 from configuration_multitask import MultiTaskConfig
 from modeling_multitask import MultiTaskModel
@@ -31,12 +31,6 @@ TINY = {
     "num_task_layers": 0,
 }
 WORDS = ["Paris", "Apple", "Tim", "Cook", "love", "store", "sad", "Rome", "closed", "all", "day"]
-# Runs a command and prints the most memory that it had at once. A process of its own, since one inherits its parent's peak.
-WATCH = """
-import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
 
 
 def write_model(folder: Path) -> Path:
@@ -67,7 +61,7 @@ def peak_memory(model: Path, rows: int, folder: Path) -> int:
     files = ["--input", write_texts(folder / "in.jsonl", rows), "--output", folder / "out.parquet", "--overwrite"]
     command = [sys.executable, ROOT / "annotate.py", "--model", model, "--device", "cpu", *files]
     done = subprocess.run([sys.executable, "-c", WATCH, *map(str, command)], check=True, stdout=subprocess.PIPE)
-    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    return int(done.stdout.split()[-1])
 
 
 def measure(rows: list[int]) -> dict[str, Any]:

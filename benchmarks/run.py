@@ -2,18 +2,23 @@
 
 Each way of working runs over the same texts, in rounds, each round in another order. What counts are the ratios of two
 times of the same round, so that a machine that slows down for a while slows both; given are their medians and quartiles.
-A ratio of entities per second also counts what each finds. Results go to results/benchmarks.json, with a picture beside it.
+The same for one short text at a time. Then, for each backend: the size of its files, and the seconds and the memory of
+annotate.py with one text; at last, its speed with other numbers of threads. Results go to results/benchmarks.json, with a
+picture beside it. Run it on a quiet machine, with `python -m release.onnx .` before it.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +27,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 
-from benchmarks.rivals import SPACY, Finder, load_rivals
+from benchmarks.rivals import FASTEMBED, SPACY, VADER, Finder, load_rivals
 from common.data import load_split
 from common.files import ROOT, environment_info
-from pipeline_multitask import CPU_BATCH_TOKENS, ONNX_FILES, length_batches, pad_windows
+from pipeline_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, ONNX_PARTS, length_batches, onnx_part
 
 
 class Ratio(NamedTuple):
@@ -33,11 +38,11 @@ class Ratio(NamedTuple):
 
     Attributes:
         title: What it is.
-        above: Name of the job whose time stands above the line.
-        below: Name of the job whose time stands below it.
+        above: Name of the job whose time is divided.
+        below: Name of the job by whose time it is divided.
         must: The limit that has to hold.
         aim: What would be good.
-        per_entity: Whether the two are compared by the time for an entity in place of a text.
+        smaller: Whether less is better.
     """
 
     title: str
@@ -45,33 +50,46 @@ class Ratio(NamedTuple):
     below: str
     must: float | None = None
     aim: float | None = None
-    per_entity: bool = False
+    smaller: bool = False
 
 
 ENCODE = "SentenceTransformer.encode"
-ALONE = {"embedding alone": {"tasks": []}, "labels and entities alone": {"embedding": False}}
+SINGLE = "three single-task passes"  # of encoders of the same size: one embeds, one classifies, one tags
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "everything": {}, "embedding alone": {"tasks": []}, "labels and entities alone": {"embedding": False},
+}  # fmt: skip
 RATIOS = [
-    Ratio("throughput: one pass / three single-task passes", "three passes", "pipeline", 2.0, 2.3),
-    Ratio(f"throughput: pipeline / {ENCODE}", ENCODE, "pipeline", 1.0, 1.2),
-    Ratio(f"throughput: pipeline on ONNX / {ENCODE}", ENCODE, "pipeline, onnx"),
-    Ratio(f"throughput: pipeline on int8 / {ENCODE}", ENCODE, "pipeline, onnx-int8", 1.7, 2.4),
-    Ratio(f"throughput: embedding alone / {ENCODE}", ENCODE, "embedding alone"),
-    Ratio(f"throughput: embedding alone on ONNX / {ENCODE}", ENCODE, "embedding alone, onnx"),
-    Ratio(f"throughput: embedding alone on int8 / {ENCODE}", ENCODE, "embedding alone, onnx-int8", 2.3, 3.0),
-    Ratio("time: all outputs / bare encoder, same batches", "all outputs", "bare encoder"),
-    Ratio(f"throughput: labels and entities alone / {SPACY}", SPACY, "labels and entities alone"),
-    Ratio(f"throughput: labels and entities alone on ONNX / {SPACY}", SPACY, "labels and entities alone, onnx"),
-    Ratio(
-        f"throughput: labels and entities alone on int8 / {SPACY}", SPACY, "labels and entities alone, onnx-int8", 1.0, 1.5
-    ),
-    Ratio(f"entities per second: pipeline / {SPACY}", SPACY, "pipeline", per_entity=True),
-    Ratio(f"entities per second: pipeline on int8 / {SPACY}", SPACY, "pipeline, onnx-int8", per_entity=True),
+    Ratio(f"throughput: everything, PyTorch / {ENCODE}", ENCODE, "everything, torch", 1.0, 1.2),
+    Ratio(f"throughput: everything, ONNX / {ENCODE}", ENCODE, "everything, onnx"),
+    Ratio(f"throughput: everything, 8 bits / {ENCODE}", ENCODE, "everything, onnx-int8", 1.7, 2.4),
+    Ratio(f"throughput: embedding alone, ONNX / {ENCODE}", ENCODE, "embedding alone, onnx"),
+    Ratio(f"throughput: embedding alone, 8 bits / {ENCODE}", ENCODE, "embedding alone, onnx-int8", 2.3, 3.0),
+    Ratio(f"throughput: embedding alone, 8 bits / {FASTEMBED}", FASTEMBED, "embedding alone, onnx-int8"),
+    Ratio(f"throughput: labels and entities alone, ONNX / {SPACY}", SPACY, "labels and entities alone, onnx"),
+    Ratio(f"throughput: labels and entities alone, 8 bits / {SPACY}", SPACY, "labels and entities alone, onnx-int8", 1.0, 1.5),
+    Ratio("throughput: everything, PyTorch / three single-task passes", SINGLE, "everything, torch", 2.0, 2.3),
+]  # fmt: skip
+LATENCIES = [
+    Ratio(f"one short text: everything, PyTorch / {ENCODE}", "everything, torch", ENCODE, smaller=True),
+    Ratio(f"one short text: everything, ONNX / {ENCODE}", "everything, onnx", ENCODE, 0.7, 0.4, smaller=True),
+    Ratio(f"one short text: everything, 8 bits / {ENCODE}", "everything, onnx-int8", ENCODE, 0.7, 0.4, smaller=True),
 ]
-OPTIONAL_LIBRARIES = ("onnxruntime", "spacy")
+SHORT_TEXT = "Tim Cook opened Apple's new store in Paris. I love it!"
+THREADS = (1, 2, 4)
+OPTIONAL_LIBRARIES = ("onnxruntime", "spacy", "vaderSentiment", "fastembed")
+# Runs a command and prints the seconds and the bytes of memory that it took. A process of its own, since one inherits its
+# parent's peak.
+WATCH = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(time.perf_counter() - start, peak * (1 if sys.platform == "darwin" else 1024))
+"""
 DOCUMENT_ROWS = 7  # consecutive sentences that make a document: long, and within the window, so that nobody cuts it
 
 
-Job = Callable[[], int | None]  # does the work once; returns how many entities it has found, None if it looks for none
+Job = Callable[[], Any]  # does the work once
 
 
 def read_texts(data: Path, count: int) -> list[str]:
@@ -85,29 +103,8 @@ def read_texts(data: Path, count: int) -> list[str]:
     return [texts[i] for i in np.random.default_rng(13).permutation(len(texts))]
 
 
-def forward_jobs(pipe: Any, texts: list[str]) -> dict[str, Job]:
-    """Returns the forward passes alone, on the pipeline's own batches: of the encoder, and with all outputs."""
-    tasks, pad_token_id = list(pipe.model.config.tasks), pipe.tokenizer.pad_token_id or 0
-    batches = [
-        {name: torch.from_numpy(value) for name, value in pad_windows(windows, pad_token_id).items()}
-        for windows in length_batches(pipe.annotator.windows(texts, tasks), CPU_BATCH_TOKENS)
-    ]
-
-    @torch.inference_mode()
-    def encoder() -> None:
-        for batch in batches:
-            pipe.model.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
-    @torch.inference_mode()
-    def everything() -> None:
-        for batch in batches:
-            pipe.model(**batch)
-
-    return {"bare encoder": encoder, "all outputs": everything}
-
-
 def three_passes(pipe: Any, texts: list[str]) -> Job:
-    """Returns what people do without a shared encoder: separate embedding, sentiment and entity models."""
+    """Returns the work of an embedding, a sentiment and an entity model of this encoder's size, each by itself."""
     heads = sorted(pipe.model.config.task_specs.items(), key=lambda item: item[1].kind)
     singles = [heads[0][0], heads[-1][0]]  # one of texts, one of words: what a model for each alone would compute
 
@@ -128,117 +125,113 @@ def encode_job(encoder: Any, texts: list[str]) -> Job:
     return run
 
 
-def pipeline_job(pipe: Any, texts: list[str], **options: Any) -> Job:
-    """Returns the pipeline with all outputs, or with those that the options ask for."""
-    return lambda: sum(len(found) for record in pipe(texts, **options) for found in record.get("entities", {}).values())
-
-
 def load_pipes(model: str) -> dict[str, Any]:
     """Returns the pipeline on each backend that this folder holds an export for, by the backend's name."""
-    found = ["torch"]
-    if find_spec("onnxruntime"):
-        found += [backend for backend, file in ONNX_FILES.items() if (Path(model) / file).exists()]
+    has_runtime = find_spec("onnxruntime") is not None
+    found = [x for x in BACKENDS if x == "torch" or (has_runtime and (Path(model) / ONNX_FILES[x]).exists())]
     options = {"model": model, "trust_remote_code": True, "device": "cpu"}
     return {backend: pipeline("multitask", backend=backend, **options) for backend in found}
 
 
 def all_jobs(pipes: dict[str, Any], encoder: Any, rivals: dict[str, Finder], texts: list[str]) -> dict[str, Job]:
     """Returns every way of working that is installed, each over the same texts, by its name."""
-    jobs = forward_jobs(pipes["torch"], texts)
-    jobs[ENCODE] = encode_job(encoder, texts)
-    jobs["three passes"] = three_passes(pipes["torch"], texts)
-    for backend, pipe in pipes.items():
-        for name, options in {"pipeline": {}, **ALONE}.items():
-            jobs[name if backend == "torch" else f"{name}, {backend}"] = pipeline_job(pipe, texts, **options)
+    jobs: dict[str, Job] = {ENCODE: partial(encoder.encode, texts), SINGLE: three_passes(pipes["torch"], texts)}
+    for (backend, pipe), (outputs, options) in product(pipes.items(), OUTPUTS.items()):
+        jobs[f"{outputs}, {backend}"] = partial(pipe, texts, **options)
     return jobs | {name: partial(find, texts) for name, find in rivals.items()}
 
 
-def run_rounds(
-    jobs: dict[str, Job], rounds: int, log: Callable[[str], None]
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Returns the seconds of every job in every round, and the entities it finds; round r starts with the r-th job."""
+def run_rounds(jobs: dict[str, Job], rounds: int, log: Callable[[str], None]) -> dict[str, list[float]]:
+    """Returns the seconds of every job in every round; round r starts with the r-th job."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    entities: dict[str, int] = {}
     names = list(jobs)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
-            found = jobs[name]()
+            jobs[name]()
             seconds[name].append(time.perf_counter() - start)
-            log(f"round {turn + 1} of {rounds}: {name} {seconds[name][-1]:.2f} s")
-            if found is not None:
-                entities[name] = found
-    return seconds, entities
+            log(f"round {turn + 1} of {rounds}: {name} {seconds[name][-1]:.3f} s")
+    return seconds
 
 
-def compare(seconds: dict[str, list[float]], entities: dict[str, int]) -> list[dict[str, Any]]:
-    """Returns each ratio whose two jobs have run (and found any), with its quartiles over the rounds."""
+def compare(ratios: list[Ratio], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Returns each ratio whose two jobs have run, with its quartiles over the rounds."""
     rows = []
-    for ratio in RATIOS:
-        names = [name for name in (ratio.above, ratio.below) if name in seconds]
-        counts = [entities.get(name, 0) if ratio.per_entity else 1 for name in names]
-        if len(names) == 2 and all(counts):
-            weight = counts[1] / counts[0]
-            values = [weight * a / b for a, b in zip(seconds[ratio.above], seconds[ratio.below], strict=True)]
+    for ratio in ratios:
+        if ratio.above in seconds and ratio.below in seconds:
+            values = [a / b for a, b in zip(seconds[ratio.above], seconds[ratio.below], strict=True)]
             low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-            limits = {"must": ratio.must, "aim": ratio.aim}
+            limits = {"must": ratio.must, "aim": ratio.aim, "smaller": ratio.smaller}
             rows.append({"ratio": ratio.title, "median": middle, "quartiles": [low, high], **limits})
     return rows
 
 
-def rates(seconds: dict[str, list[float]], entities: dict[str, int], texts: int) -> dict[str, dict[str, float]]:
-    """Returns how many texts each job does in a second, and how many entities it finds, by its median round."""
-    found = {}
-    for name, values in seconds.items():
-        found[name] = {"texts_per_second": texts / statistics.median(values)}
-        if name in entities:
-            found[name]["entities_per_second"] = entities[name] / statistics.median(values)
-    return found
+def milliseconds(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Returns the median and the 95th percentile of each job's times."""
+    found = {name: np.quantile(1000 * np.array(values), [0.5, 0.95]).tolist() for name, values in seconds.items()}
+    return {name: {"median": middle, "p95": high} for name, (middle, high) in found.items()}
+
+
+def replaces(seconds: dict[str, list[float]], texts: int) -> list[dict[str, str]]:
+    """Returns the rows of the card's comparison with the three models that people would run instead."""
+    if not {VADER, SPACY} <= seconds.keys():
+        return []
+    rounds = zip(seconds[ENCODE], seconds[VADER], seconds[SPACY], strict=True)
+    three = texts / statistics.median(map(sum, rounds))
+    return [
+        {"title": f"texts per second, {title}", "three": f"{three:,.0f}", "one": f"{texts / statistics.median(found):,.0f}"}
+        for title, backend in (("PyTorch", "torch"), ("8 bits", "onnx-int8"))
+        if (found := seconds.get(f"everything, {backend}"))
+    ]
 
 
 def shares(pipe: Any, texts: list[str]) -> dict[str, float]:
-    """Returns which share of the pipeline's time goes where; they add up to 1."""
+    """Returns which share of the pipeline's time goes where, which add up to 1, and the share of padding among its tokens."""
     annotator, tasks, vector = pipe.annotator, list(pipe.model.config.tasks), "sentence_embedding"
     marks = [time.perf_counter()]
     windows = annotator.windows(texts, tasks)
     marks.append(time.perf_counter())
-    for batch in length_batches(windows, CPU_BATCH_TOKENS):
+    batches = list(length_batches(windows, CPU_BATCH_TOKENS))
+    for batch in batches:
         annotator.run(batch, tasks, vector)
     marks.append(time.perf_counter())
     annotator.records(texts, windows, tasks, vector)
     marks.append(time.perf_counter())
     parts = np.diff(marks) / (marks[-1] - marks[0])
-    return dict(zip(("tokenization", "forward", "decoding"), parts.tolist(), strict=True))
+    padded = sum(len(batch) * max(len(window.input_ids) for window in batch) for batch in batches)
+    padding = 1 - sum(len(window.input_ids) for window in windows) / padded
+    return {**dict(zip(("tokenization", "forward", "decoding"), parts.tolist(), strict=True)), "padding": padding}
 
 
-def flops_per_second(tokens: int, hidden: int, inner: int) -> float:
-    """Returns the floating-point operations a second that this machine does in the encoder's own matrix products."""
-    x, up, down = torch.randn(tokens, hidden), torch.randn(hidden, inner), torch.randn(inner, hidden)
-    for _ in range(3):
-        x @ up @ down
-    rates = []
-    for _ in range(30):
-        start = time.perf_counter()
-        x @ up @ down
-        rates.append(4 * tokens * hidden * inner / (time.perf_counter() - start))
-    return statistics.median(rates)
+def file_bytes(model: Path, backend: str) -> int:
+    """Returns the size of the files of weights that a backend reads."""
+    file = ONNX_FILES.get(backend)
+    paths = [*model.glob("*.safetensors"), *model.glob("*/*.safetensors")]
+    if file:
+        paths = [model / file, *(model / onnx_part(file, part) for part in ONNX_PARTS)]
+    return sum(path.stat().st_size for path in paths if path.exists())
 
 
-def encoder_flops(config: Any, windows: list[Any]) -> float:
-    """Returns the floating-point operations of the encoder's matrix products over all windows, without padding."""
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    lengths = np.array([len(window.input_ids) for window in windows], dtype=float)
-    per_token = 2 * layers * (4 * hidden**2 + 2 * hidden * inner)
-    return float((lengths * per_token + 4 * layers * hidden * lengths**2).sum())
+def start(model: str, backend: str, repeats: int = 3) -> dict[str, float]:
+    """Returns the median seconds and the greatest memory of annotate.py with one text, from start to end."""
+    command = [sys.executable, ROOT / "annotate.py", "--model", model, "--device", "cpu", "--backend", backend, SHORT_TEXT]
+    found = [subprocess.run([sys.executable, "-c", WATCH, *map(str, command)], check=True, capture_output=True, text=True)
+             for _ in range(repeats)]  # fmt: skip
+    seconds, peaks = zip(*(map(float, done.stdout.splitlines()[-1].split()) for done in found), strict=True)
+    return {"seconds": statistics.median(seconds), "peak_bytes": max(peaks)}
 
 
-def roofline(pipe: Any, texts: list[str], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Returns which share of the machine's float32 matrix-product rate the bare encoder reaches, counting useful work alone."""
-    config = pipe.model.config
-    work = encoder_flops(config, pipe.annotator.windows(texts, []))
-    peak = flops_per_second(CPU_BATCH_TOKENS, config.hidden_size, config.intermediate_size)
-    share = work / statistics.median(seconds["bare encoder"]) / peak
-    return {"encoder_operations": work, "operations_per_second": peak, "share_of_peak": share}
+def by_threads(model: str, texts: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Returns the texts per second of each backend, all outputs, with each number of threads."""
+    before, found = torch.get_num_threads(), {}
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        jobs = {backend: partial(pipe, texts) for backend, pipe in load_pipes(model).items()}
+        run_rounds(jobs, 1, lambda line: None)  # warm-up
+        seconds = run_rounds(jobs, rounds, lambda line: None)
+        found[str(threads)] = {name: len(texts) / statistics.median(values) for name, values in seconds.items()}
+    torch.set_num_threads(before)
+    return found
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -306,28 +299,36 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, 10_000, "results/benchmarks.json")
+    parser = make_parser(__doc__, 1000, "results/benchmarks.json")
     parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--short", type=positive, default=100, help="rounds of one short text")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    texts, pipes, rivals = read_texts(args.data, args.texts), load_pipes(args.model), load_rivals()
+    log = partial(print, file=sys.stderr)
+    texts, pipes = read_texts(args.data, args.texts), load_pipes(args.model)
     encoder = SentenceTransformer(args.model, device="cpu")
-    run_rounds(all_jobs(pipes, encoder, rivals, texts[:64]), 1, lambda line: None)  # warm-up
-    jobs = all_jobs(pipes, encoder, rivals, texts)
-    seconds, entities = run_rounds(jobs, args.rounds, lambda line: print(line, file=sys.stderr))
-    rows = compare(seconds, entities)
+    with tempfile.TemporaryDirectory() as folder:
+        rivals = load_rivals(Path(args.model), Path(folder), args.threads)
+        run_rounds(all_jobs(pipes, encoder, rivals, texts[:64]), 1, lambda line: None)  # warm-up
+        seconds = run_rounds(all_jobs(pipes, encoder, rivals, texts), args.rounds, log)
+        short = run_rounds(all_jobs(pipes, encoder, rivals, [SHORT_TEXT]), args.short, lambda line: None)
+    rows = [*compare(RATIOS, seconds), *compare(LATENCIES, short)]
     print(show(rows))
+    options = " ".join(f"--{name} {getattr(args, name)}" for name in ("texts", "rounds", "short", "threads"))
     result = {
-        "command": f"python -m benchmarks.run --data DIR --texts {args.texts} --rounds {args.rounds} --threads {args.threads}",
+        "command": f"python -m benchmarks.run --data DIR {options}",
         "texts": len(texts),
         "tokens": sum(len(window.input_ids) for window in pipes["torch"].annotator.windows(texts, [])),
         "characters": sum(map(len, texts)),
         "ratios": rows,
-        "rates": rates(seconds, entities, len(texts)),
-        "seconds": seconds,
-        "entities": entities,
+        "texts_per_second": {name: len(texts) / statistics.median(values) for name, values in seconds.items()},
+        "one_short_text_milliseconds": milliseconds(short),
         "shares": {backend: shares(pipe, texts) for backend, pipe in pipes.items()},
-        "roofline": roofline(pipes["torch"], texts, seconds),
+        "file_bytes": {backend: file_bytes(Path(args.model), backend) for backend in pipes},
+        "start": {backend: start(args.model, backend) for backend in pipes},
+        "texts_per_second_by_threads": by_threads(args.model, texts[: len(texts) // 4 or 1], 3),
+        "replaces": replaces(seconds, len(texts)),
+        "seconds": seconds,
     }
     write_result(args.output, result)
     draw(rows, args.output.with_suffix(".png"))

@@ -230,6 +230,38 @@ def backend_table(folder: Path) -> str | None:
     return markdown(["task, validation split", "torch", "ONNX", "ONNX, int8", "int8 gives"], rows)
 
 
+def int8_table(folder: Path) -> str | None:
+    """Returns ways of running the model in 8 bits, beside float32 and with each text alone."""
+    found = read_some("int8", folder)
+    if found is None:
+        return None
+    rows = []
+    for name, way in found["ways"].items():
+        near, alone = way["beside_float"], way["alone_beside_batch"]
+        labels = [f"{sum(x['labels'].values())}" for x in (near, alone)]
+        entities = f"{near['entities']:,} of {near['entities_expected']:,}"
+        cosines = [f"{near['cosine_mean']:.4f}", f"{near['cosine_min']:.3f}"]
+        rows.append([name, f"{way['time_to_float']:.2f}", *cosines, labels[0], entities, labels[1]])
+    head = ["activations quantized", "time / float32", "cosine, mean", "least", "labels that differ", "entities that differ"]
+    return markdown([*head, "labels that differ, alone"], rows)
+
+
+def modes_table(folder: Path) -> str | None:
+    """Returns the speed, size and memory of each backend and each kind of output, and of what people would run instead."""
+    found = read_some("benchmarks", folder)
+    if found is None:
+        return None
+    short = found["one_short_text_milliseconds"]
+    rows = []
+    for name, speed in found["texts_per_second"].items():
+        times = [f"{short[name]['median']:.1f}", f"{short[name]['p95']:.1f}"] if name in short else ["", ""]
+        backend = name.split(", ")[-1]
+        size = f"{found['file_bytes'][backend] / 1e6:.0f}" if backend in found["file_bytes"] else ""
+        memory = f"{found['start'][backend]['peak_bytes'] / 1e6:,.0f}" if backend in found["start"] else ""
+        rows.append([name, f"{speed:,.0f}", *times, size, memory])
+    return markdown(["", "texts per second", "ms, one short text", "95th percentile", "MB of files", "MB of memory"], rows)
+
+
 def files_table(folder: Path) -> str | None:
     """Returns the model's files with their sizes."""
     about = {
@@ -410,6 +442,7 @@ RENDERERS: dict[str, Callable[[Path], str | None]] = {
     "embedding": lambda folder: embedding_table(folder, 1),
     "embedding-all": embedding_table,
     "files": files_table,
+    "int8": int8_table,
     "intervals": interval_table,
     "joint-training": transfer_table,
     "levers": levers_tables,
@@ -417,6 +450,7 @@ RENDERERS: dict[str, Callable[[Path], str | None]] = {
     "replaces": replaces_table,
     "research": research_table,
     "results": results_table,
+    "modes": modes_table,
     "rivals": rivals_table,
     "specification": specification_table,
     "speed": speed_table,

@@ -33,18 +33,20 @@ def run_main(release, tmp_path, monkeypatch) -> Any:
 
 
 def test_a_small_run_writes_table_and_picture(run_main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "load_rivals", lambda: {rivals.SPACY: len})
-    found = run_main(run, "--rounds", "2")
-    titles = [row["ratio"] for row in found["ratios"]]
-    assert "time: all outputs / bare encoder, same batches" in titles
-    assert "throughput: pipeline / SentenceTransformer.encode" in titles
-    assert f"entities per second: pipeline / {rivals.SPACY}" in titles
-    assert all(title in capsys.readouterr().out for title in titles[:1])
+    monkeypatch.setattr(run, "load_rivals", lambda *given: {rivals.SPACY: len, rivals.VADER: len})
+    monkeypatch.setattr(run, "THREADS", (1,))
+    found = run_main(run, "--rounds", "2", "--short", "3")
+    assert "throughput: everything, PyTorch / SentenceTransformer.encode" in {row["ratio"] for row in found["ratios"]}
+    assert found["ratios"][0]["ratio"] in capsys.readouterr().out
     assert all(len(seconds) == 2 for seconds in found["seconds"].values())
-    assert found["rates"]["pipeline"].keys() == {"texts_per_second", "entities_per_second"}
-    assert found["entities"]["embedding alone"] == 0
+    short = found["one_short_text_milliseconds"]
+    assert all(0 < x["median"] <= x["p95"] for x in short.values())
+    assert {"everything, torch", "embedding alone, torch", run.ENCODE, rivals.SPACY} <= short.keys()
+    assert found["shares"]["torch"].pop("padding") > 0
     assert sum(found["shares"]["torch"].values()) == pytest.approx(1)
-    assert found["roofline"]["share_of_peak"] > 0
+    assert found["start"]["torch"]["seconds"] > 0 and found["start"]["torch"]["peak_bytes"] > 50e6
+    assert found["file_bytes"]["torch"] > 10_000 and found["texts_per_second_by_threads"]["1"]["torch"] > 0
+    assert {"title", "three", "one"} == set(found["replaces"][0])
     assert (tmp_path / "results" / "found.png").exists()
 
 
@@ -74,38 +76,31 @@ def test_a_number_that_is_none_is_refused_by_name(argument, run_main, capsys):
 def test_every_round_runs_all_jobs_and_begins_with_another():
     order = []
     jobs = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds, entities = run.run_rounds(jobs, 3, lambda line: None)
-    assert order == list("abcbcacab") and entities == {}
+    seconds = run.run_rounds(jobs, 3, lambda line: None)
+    assert order == list("abcbcacab")
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_rates_are_those_of_the_median_round():
-    found = run.rates({"fast": [8.0, 2.0, 4.0]}, {"fast": 20}, 40)
-    assert found == {"fast": {"texts_per_second": 10.0, "entities_per_second": 5.0}}
-
-
 def test_a_ratio_is_taken_within_each_round():
-    seconds = {"bare encoder": [1.0, 10.0, 2.0], "all outputs": [1.5, 11.0, 2.2]}
-    (row,) = run.compare(seconds, {})
-    assert row["median"] == pytest.approx(1.1) and row["must"] is None, "the slow second round counts like the others"
+    seconds = {run.ENCODE: [1.5, 11.0, 2.2], "everything, torch": [1.0, 10.0, 2.0]}
+    (row,) = run.compare(run.RATIOS, seconds)
+    assert row["median"] == pytest.approx(1.1) and row["must"] == 1.0, "the slow second round counts like the others"
 
 
-def test_entities_per_second_count_what_is_found():
-    seconds = {"pipeline": [2.0], "labels and entities alone": [0.5], rivals.SPACY: [1.0]}
-    rows = run.compare(seconds, {"pipeline": 30, rivals.SPACY: 10})
-    assert {row["ratio"]: row["median"] for row in rows} == {
-        f"throughput: labels and entities alone / {rivals.SPACY}": 2,
-        f"entities per second: pipeline / {rivals.SPACY}": 1.5,
-    }
-    without = run.compare(seconds, {"pipeline": 30, rivals.SPACY: 0})
-    assert f"entities per second: pipeline / {rivals.SPACY}" not in {row["ratio"] for row in without}, "nothing to divide by"
+def test_three_models_take_the_sum_of_their_times():
+    seconds = {run.ENCODE: [2.0], rivals.VADER: [1.0], rivals.SPACY: [1.0], "everything, torch": [2.0]}
+    assert run.replaces(seconds, 100) == [{"title": "texts per second, PyTorch", "three": "25", "one": "50"}]
+    assert run.replaces({run.ENCODE: [2.0]}, 100) == []
 
 
 def test_all_ratios_name_jobs_that_exist(pipe):
-    jobs = run.all_jobs({"torch": pipe, "onnx": pipe, "onnx-int8": pipe}, None, {rivals.SPACY: len}, TEXTS)
-    assert {name for ratio in run.RATIOS for name in (ratio.above, ratio.below)} <= set(jobs)
-    assert jobs["pipeline"]() == sum(len(x) for record in pipe(TEXTS) for x in record["entities"].values()) > 0
-    assert jobs["labels and entities alone"]() == jobs["pipeline"]() and jobs["embedding alone"]() == 0
+    others = {rivals.SPACY: len, rivals.FASTEMBED: len}
+    encoder = SimpleNamespace(encode=len)
+    jobs = run.all_jobs({"torch": pipe, "onnx": pipe, "onnx-int8": pipe}, encoder, others, TEXTS)
+    assert {name for ratio in run.RATIOS + run.LATENCIES for name in (ratio.above, ratio.below)} <= set(jobs)
+    assert (
+        "labels" not in jobs["embedding alone, torch"]()[0] and jobs["everything, onnx"]()[0].keys() == pipe(TEXTS[0]).keys()
+    )
 
 
 def test_texts_are_of_three_kinds_and_the_same_every_time(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,27 @@ def test_a_text_gets_the_same_answers_whatever_its_batch(exported, num_task_laye
     for alone, beside in zip(pipe(texts, batch_tokens=1), together, strict=True):
         np.testing.assert_allclose(alone["sentence_embedding"], beside["sentence_embedding"], atol=1e-5)
         assert decisions(alone) == decisions(beside)
+
+
+def test_every_way_to_eight_bits_is_compared_and_by_token_heeds_no_neighbours(exported):
+    from benchmarks import int8
+
+    folder, _ = exported("bert", 1)
+    found = int8.measure(str(folder), sample_texts()[:12], 1, lambda line: None)
+    assert list(found) == [int8.FLOAT, *int8.WAYS]
+    assert found[int8.FLOAT]["time_to_float"] == 1 and found[int8.FLOAT]["beside_float"]["cosine_min"] > 0.9999
+    for name in (int8.FLOAT, "by token (the release's)", "by token, no zero points"):
+        beside = found[name]["alone_beside_batch"]
+        assert beside["cosine_min"] > 0.9999 and not beside["entities"] and not any(beside["labels"].values())
+
+
+def test_the_snippets_of_the_page_run(exported, monkeypatch):
+    folder, _ = exported("bert", 1)
+    page = (ROOT / "docs/onnx.md").read_text("utf-8")
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        found: dict[str, Any] = {}
+        exec(snippet.replace("my-model", str(folder)), found)
+        assert abs(np.linalg.norm(found["vector"]) - 1) < 1e-5
 
 
 def test_labels_and_projection_stay_in_float_in_eight_bits(exported):

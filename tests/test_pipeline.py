@@ -210,6 +210,19 @@ def assert_records_equal(first, second, text):
         assert spans[0] == spans[1], text
 
 
+def test_the_same_text_is_computed_once_and_answered_each_time(pipe):
+    def tokens(texts: list[str]) -> int:
+        before = pipe.annotator.tokens_seen
+        pipe(texts)
+        return pipe.annotator.tokens_seen - before
+
+    assert tokens([*TEXTS, *TEXTS[:2]]) == tokens(TEXTS)
+    one, other = pipe([TEXTS[0], TEXTS[0]])
+    assert one["labels"] == other["labels"] and one["entities"] == other["entities"]
+    one["labels"].clear()
+    assert other["labels"], "each record is its own"
+
+
 def test_tasks_and_embedding_can_be_chosen(pipe):
     assert set(pipe(TEXTS[0])) == {"sentence_embedding", "labels", "entities"}
     assert set(pipe(TEXTS[0], tasks="ner")["entities"]) == {"ner"} and "labels" not in pipe(TEXTS[0], tasks="ner")

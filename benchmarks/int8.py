@@ -1,0 +1,184 @@
+"""Compares ways of running the model in 8 bits: `python -m benchmarks.int8 --data DIR`.
+
+Each way is made from the float32 graph that `python -m release.onnx .` wrote, and runs over the same 500 texts of ten data sets,
+in alternating rounds. Beside its time it is compared with float32: the cosine of the sentence embeddings, labels that differ,
+entities that differ; and with itself, each text alone against all in batches. Results go to results/int8.json.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import pipeline
+
+from benchmarks.run import make_parser, positive, run_rounds, write_result
+from common.data import load_split
+from pipeline_multitask import CPU_BATCH_TOKENS, ONNX_FILES, Annotator, Record, length_batches, pad_windows
+from release.onnx import onnx_run, quantize
+
+TEXTS = {
+    "vader_sentiment": "text", "emobank_sentiment": "text", "newsmtsc": "text", "goemotions": "text", "wiki_toxicity": "text",
+    "uner_ewt": "tokens", "crossner": "tokens", "redocred": "tokens", "wnut17": "tokens", "tweet_sentiment": "text",
+}  # fmt: skip
+CALIBRATION_TEXTS = 64
+FLOAT = "float32"
+Feeds = list[dict[str, np.ndarray]]
+
+
+def read_texts(data: Path, count: int) -> list[str]:
+    """Returns so many texts of test splits, of each data set as many."""
+    texts = []
+    for name, column in TEXTS.items():
+        rows = load_split(str(data / name), "test", [column])[column]
+        chosen = np.random.default_rng(0).permutation(len(rows))[: -(-count // len(TEXTS))]
+        texts += [rows[i] if isinstance(rows[i], str) else " ".join(rows[i]) for i in chosen.tolist()]
+    return texts[:count]
+
+
+def per_batch(source: Path, target: Path, feeds: Feeds) -> None:
+    """Writes a graph that quantizes activations by the range of a batch, ONNX Runtime's dynamic quantization."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    options: dict[str, Any] = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
+    quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gather"], **options)
+
+
+def calibrated(source: Path, target: Path, feeds: Feeds, method: str) -> None:
+    """Writes a graph that quantizes activations by ranges found on other texts, ONNX Runtime's static quantization."""
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rows: Iterator[dict[str, np.ndarray]] = iter(feeds)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.rows, None)
+
+    options: dict[str, Any] = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
+    method = CalibrationMethod[method]
+    types = {"activation_type": QuantType.QUInt8, "op_types_to_quantize": ["MatMul"]}
+    only_weights = {"extra_options": {"MatMulConstBOnly": True}}
+    quantize_static(source, target, Reader(), calibrate_method=method, **types, **options, **only_weights)
+
+
+def blocks(source: Path, target: Path, feeds: Feeds) -> None:
+    """Writes a graph of MatMulNBits: 8-bit weights, activations quantized by row and block."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    onnx.save(quantizer.model.model, target)
+
+
+def first_activation(source: Path) -> list[str]:
+    """Returns the name of the product that reads the first layer's activation (GELU), whose values are the greatest."""
+    import onnx
+
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    activations = {output for node in nodes if node.op_type == "Gelu" for output in node.output}
+    return [node.name for node in nodes if node.op_type == "MatMul" and node.input[0] in activations][:1]
+
+
+WAYS: dict[str, Callable[[Path, Path, Feeds], None]] = {
+    "by token (the release's)": lambda source, target, feeds: quantize(source, target),
+    "by token, zero points everywhere": lambda source, target, feeds: quantize(source, target, widest=np.inf),
+    "by token, no zero points": lambda source, target, feeds: quantize(source, target, widest=0),
+    "by token, first activation product in float": lambda source, target, feeds: quantize(
+        source, target, kept=first_activation(source)
+    ),
+    "by batch (dynamic)": per_batch,
+    "calibrated, least and greatest": partial(calibrated, method="MinMax"),
+    "calibrated, percentile": partial(calibrated, method="Percentile"),
+    "by row and block (MatMulNBits)": blocks,
+}
+
+
+class Graph:
+    """A graph of all outputs as what runs an annotator's model."""
+
+    def __init__(self, path: Path, names: list[str], tasks: list[str]) -> None:
+        self.run, self.names, self.tasks = onnx_run(path), names, tasks
+
+    def __call__(self, inputs: dict[str, np.ndarray], tasks: list[str], vector: str | None) -> Any:
+        found = self.run({name: value for name, value in inputs.items() if name in self.names})
+        return found[1], dict(zip(self.tasks, found[3:], strict=True))
+
+
+def decisions(record: Record) -> tuple[dict[str, Any], set[tuple[str, int, int]]]:
+    """Returns a record's label, or labels, of each task, and its entities."""
+    labels = {name: answer.get("label", answer.get("labels")) for name, answer in record.get("labels", {}).items()}
+    found = (entity for entities in record.get("entities", {}).values() for entity in entities)
+    return labels, {(entity["entity_group"], entity["start"], entity["end"]) for entity in found}
+
+
+def differences(expected: list[Record], found: list[Record]) -> dict[str, Any]:
+    """Returns how far records are from others of the same texts."""
+    cosines = [
+        float(one["sentence_embedding"] @ other["sentence_embedding"]) for one, other in zip(expected, found, strict=True)
+    ]
+    pairs = [(decisions(one), decisions(other)) for one, other in zip(expected, found, strict=True)]
+    return {
+        "cosine_mean": statistics.mean(cosines),
+        "cosine_min": min(cosines),
+        "labels": {task: sum(one[0][task] != other[0][task] for one, other in pairs) for task in pairs[0][0][0]},
+        "entities": sum(len(one[1] ^ other[1]) for one, other in pairs),
+        "entities_expected": sum(len(one[1]) for one, _ in pairs),
+    }
+
+
+def annotate(annotator: Annotator, graph: Graph, texts: list[str], batch_tokens: int | None = None) -> list[Record]:
+    """Returns the records of texts by a graph."""
+    annotator._run = graph
+    return list(annotator.stream(texts, batch_tokens=batch_tokens))
+
+
+def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """Returns each way's time as a share of float32's, its size, and how its answers differ."""
+    annotator = pipeline("multitask", model=model, trust_remote_code=True, device="cpu").annotator
+    tasks, source = list(annotator.model.config.tasks), Path(model, ONNX_FILES["onnx"])
+    batches = length_batches(annotator.windows(texts[::-1][:CALIBRATION_TEXTS], tasks), CPU_BATCH_TOKENS)
+    names = ["input_ids", "attention_mask", "casing_ids"]
+    feeds = [{name: x for name, x in pad_windows(batch, 0).items() if name in names} for batch in batches]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {FLOAT: source, **{name: Path(folder, f"{i}.onnx") for i, name in enumerate(WAYS)}}
+        for name, make in WAYS.items():
+            make(source, paths[name], feeds)
+        graphs = {name: Graph(path, names, tasks) for name, path in paths.items()}
+        jobs = {name: partial(annotate, annotator, graph, texts) for name, graph in graphs.items()}
+        seconds = run_rounds(jobs, rounds, log)
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        together = {name: job() for name, job in jobs.items()}
+        alone = {name: annotate(annotator, graph, texts, 1) for name, graph in graphs.items()}
+    return {
+        name: {
+            "time_to_float": statistics.median(a / b for a, b in zip(values, seconds[FLOAT], strict=True)),
+            "bytes": sizes[name],
+            "beside_float": differences(together[FLOAT], together[name]),
+            "alone_beside_batch": differences(together[name], alone[name]),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def main() -> None:
+    parser = make_parser(__doc__, 500, "results/int8.json")
+    parser.add_argument("--rounds", type=positive, default=5)
+    args: argparse.Namespace = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    texts = read_texts(args.data, args.texts)
+    found = measure(args.model, texts, args.rounds, print)
+    command = f"python -m benchmarks.int8 --data DIR --texts {args.texts} --rounds {args.rounds} --threads {args.threads}"
+    print(json.dumps(found, indent=2))
+    write_result(args.output, {"command": command, "texts": len(texts), "ways": found})
+
+
+if __name__ == "__main__":
+    main()
