@@ -80,17 +80,34 @@ class EndpointHandler:
         Raises:
             ValueError: The request is invalid; the message names the field, its value and what is allowed.
         """
+        return self.answer([self.read(data)])[0]
+
+    def read(self, data: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Returns a request's items, of which some may be no texts, and the options that the pipeline is called with.
+
+        Raises:
+            ValueError: The request as a whole is not allowed; the message names the field and what is.
+        """
         if not isinstance(data, dict):
             raise ValueError(f'The request is a {type(data).__name__}; allowed: an object such as {{"inputs": "a text"}}.')
         _refuse_unknown("The request", data, FIELDS)
-        texts, options = _read_texts(data), self._read_options(data.get("parameters"))
-        problems = [_text_problem(text) for text in texts]
-        good = [text for text, problem in zip(texts, problems, strict=True) if problem is None]
-        records = iter(self.pipeline(good, **options))
-        return [
-            _json_record(next(records)) if problem is None else {"error": f"inputs[{index}] {problem}."}
-            for index, problem in enumerate(problems)
-        ]
+        return _read_texts(data), self._read_options(data.get("parameters"))
+
+    def answer(self, requests: list[tuple[list[Any], dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+        """Returns the answer of each request that `read` gave; texts with the same options share the model's batches."""
+        answers: list[list[dict[str, Any]]] = []
+        groups: dict[str, tuple[dict[str, Any], list[str], list[tuple[int, int]]]] = {}
+        for number, (items, options) in enumerate(requests):
+            problems = [_text_problem(item) for item in items]
+            answers.append([{"error": f"inputs[{index}] {problem}."} for index, problem in enumerate(problems)])
+            _, texts, places = groups.setdefault(json.dumps(options), (options, [], []))
+            good = [index for index, problem in enumerate(problems) if problem is None]
+            texts += [items[index] for index in good]
+            places += [(number, index) for index in good]
+        for options, texts, places in groups.values():
+            for (number, index), record in zip(places, self.pipeline(texts, **options), strict=True):
+                answers[number][index] = _json_record(record)
+        return answers
 
     def _read_options(self, parameters: Any) -> dict[str, Any]:
         """Returns what the pipeline is called with."""

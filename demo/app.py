@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+from itertools import cycle
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.utils import logging
 HERE = Path(__file__).resolve().parent
 MAX_CHARACTERS = 20_000  # of one text
 MAX_LINES = 12  # texts to compare: more do not fit on a screen
+SHOWN_PAIRS = 5
 MAX_ROWS = 1_000
 MAX_COLUMNS = 100
 MAX_FILE_BYTES = 2**20
@@ -40,10 +42,17 @@ EXAMPLES = [
 LINES = (
     "A man is playing a guitar.\nSomeone plays an instrument.\nThe bank raised its interest rates.\nMortgages get dearer."
 )
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart; black text is readable on each.
+COLOURS = ("#56B4E9", "#E69F00", "#CC79A7", "#F0E442", "#009E73", "#D55E00", "#0072B2", "#999999")
 CSS = """
 .vector, .heat { margin-top: 2em; }  /* below the label */
 .vector { display: grid; grid-template-columns: repeat(32, 1fr); gap: 1px; }
 .vector i { aspect-ratio: 1; border-radius: 2px; }
+[data-testid="highlighted-text"] .label { color: #111827 !important; }  /* white on these colours is hard to read */
+.chips { display: flex; flex-wrap: wrap; gap: .4em; margin: 2em 0 .4em; padding: 0; list-style: none; }
+.chips li { background: #56B4E9; color: #111827; border-radius: 1em; padding: .2em .8em; }
+.pairs { margin: 1em 0 0 1.5em; list-style: decimal; }
+@media (max-width: 640px) { .vector { grid-template-columns: repeat(16, 1fr); } }
 .heat { overflow-x: auto; }
 .heat table { border-collapse: separate; border-spacing: 2px; }
 .heat td { background: var(--cell); color: #1f2937; min-width: 3em; padding: .4em; border-radius: 3px; text-align: center; }
@@ -82,18 +91,71 @@ def vector_picture(vector: np.ndarray) -> str:
 
 
 def heat_map(texts: list[str], similarity: np.ndarray) -> str:
-    """Returns the cosine similarities of texts, float [B, B], as an HTML table."""
-    numbers = "".join(f'<th scope="col">{number}</th>' for number in range(1, len(texts) + 1))
+    """Returns the cosine similarities of texts, float [B, B], as an HTML table whose cells name their two texts."""
+    names = [f"{number}. {html.escape(text)}" for number, text in enumerate(texts, start=1)]
+    numbers = "".join(f'<th scope="col" title="{name}">{i}</th>' for i, name in enumerate(names, start=1))
     rows = []
-    for number, (text, values) in enumerate(zip(texts, similarity, strict=True), start=1):
-        name = html.escape(text)
-        cells = "".join(f'<td style="--cell:{colour(value)}">{value:.2f}</td>' for value in values.tolist())
-        rows.append(f'<tr><th scope="row" title="{name}"><span>{number}. {name}</span></th>{cells}</tr>')
-    return f'<div class="heat"><table><thead><tr><th></th>{numbers}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    for name, values in zip(names, similarity.tolist(), strict=True):
+        cells = [
+            f'<td style="--cell:{colour(value)}" title="{name} | {other}">{value:.2f}</td>'
+            for other, value in zip(names, values, strict=True)
+        ]
+        rows.append(f'<tr><th scope="row" title="{name}"><span>{name}</span></th>{"".join(cells)}</tr>')
+    table = f"<table><thead><tr><th></th>{numbers}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="heat" tabindex="0" role="region" aria-label="Cosine similarities">{table}</div>'
 
 
-def label_bars(answer: Record) -> dict[str, float] | str:
-    """Returns what a gr.Label shows of a sequence task's answer: a bar per label, or the values of a regression."""
+def pair_list(texts: list[str], similarity: np.ndarray) -> str:
+    """Returns the most similar pairs of texts, from their similarities, float [B, B], as an HTML list."""
+    pairs = sorted(zip(*np.triu_indices(len(texts), 1), strict=True), key=lambda pair: -similarity[pair])[:SHOWN_PAIRS]
+    items = [f"<li><b>{similarity[i, j]:.2f}</b> {html.escape(texts[i])} – {html.escape(texts[j])}</li>" for i, j in pairs]
+    return f'<ol class="pairs" aria-label="Most similar pairs">{"".join(items)}</ol>'
+
+
+def chips(spec: Any, answer: Record) -> str:
+    """Returns a multi-label answer as HTML: a chip with its score for each label that passes its threshold, or which came close."""
+    limits = dict(zip(spec.labels, spec.thresholds or [0.5] * len(spec.labels), strict=True))
+    ranked = sorted(answer["scores"].items(), key=lambda item: -item[1])
+    present = [(label, score) for label, score in ranked if score >= limits[label]]
+    if present:
+        items = "".join(f"<li>{html.escape(label)} <b>{score:.2f}</b></li>" for label, score in present)
+        return f'<ul class="chips">{items}</ul>'
+    closest = ", ".join(f"{html.escape(label)} {score:.2f} of {limits[label]:.2f}" for label, score in ranked[:3])
+    fallback = f" The answer is {html.escape(spec.fallback)}." if spec.fallback else ""
+    return f'<p class="chips">Nothing passes its threshold.{fallback}</p><small>Highest scores: {closest}</small>'
+
+
+def read_vectors(lines: str, width: int) -> np.ndarray:
+    """Returns the vectors of a text with a JSON list of `width` numbers on each line, float32 [N, width].
+
+    Raises:
+        gr.Error: A line is something else, or there are none or too many.
+    """
+    vectors = []
+    for number, line in enumerate((lines or "").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            vector = np.array(json.loads(line), dtype=np.float32)
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            vector = np.zeros(0)
+        if vector.shape != (width,) or not np.isfinite(vector).all() or not vector.any():
+            raise problem(f"line {number} is {line.strip():.30}…; allowed: a JSON list of {width} numbers, not all zero.")
+        vectors.append(vector)
+    if not 1 <= len(vectors) <= MAX_LINES:
+        raise problem(f"vectors has {len(vectors)} lines; allowed: 1 to {MAX_LINES}. Write one vector on each line.")
+    return np.stack(vectors)
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Returns vectors, float [N, E], at length 1."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def show_labels(spec: Any, answer: Record) -> dict[str, float] | str:
+    """Returns what the page shows of a sequence task's answer: chips as HTML, a bar per label, or the values of a regression."""
+    if "labels" in answer:
+        return chips(spec, answer)
     if "values" in answer:
         return ", ".join(f"{name} {value:.2f}" for name, value in answer["values"].items())
     return answer["scores"]
@@ -215,7 +277,7 @@ class Demo:
             raise problem("text is empty; type or paste one.")
         record = self.run([text])[0]
         entities = [{"text": text, "entities": record["entities"][name]} for name in self.token_tasks]
-        labels = [label_bars(record["labels"][name]) for name in self.sequence_tasks]
+        labels = [show_labels(self.specs[name], record["labels"][name]) for name in self.sequence_tasks]
         return [*entities, *labels, vector_picture(record["sentence_embedding"]), plain(record)]
 
     def compare(self, lines: str) -> str:
@@ -224,7 +286,22 @@ class Demo:
         if not 2 <= len(texts) <= MAX_LINES:
             raise problem(f"texts has {len(texts)} lines; allowed: 2 to {MAX_LINES}. Write one text on each line.")
         vectors = np.stack([record["sentence_embedding"] for record in self.run(texts, tasks=[])])
-        return heat_map(texts, vectors @ vectors.T)
+        return heat_map(texts, vectors @ vectors.T) + pair_list(texts, vectors @ vectors.T)
+
+    def encoder_vectors(self, lines: str) -> str:
+        """Returns the encoder's own vector of each text, one JSON list per line."""
+        records = self.run([line for line in lines.split("\n") if line.strip()][:MAX_LINES], tasks=[], embedding="encoder")
+        return "\n".join(json.dumps([round(x, 5) for x in record["encoder_embedding"].tolist()]) for record in records)
+
+    def move(self, lines: str) -> tuple[str, str]:
+        """Returns what moving the encoder's vectors to this model's dimensions changes, and the moved vectors, one per line."""
+        weight = self.pipe.model.linear.weight.detach().float().cpu().numpy()  # [E, H]
+        old = normalized(read_vectors(lines, weight.shape[1]))
+        new = normalized(old @ weight.T)
+        change = np.abs(old @ old.T - new @ new.T).max()
+        said = f"{len(old)} vectors: {weight.shape[1]} → {weight.shape[0]} dimensions, no text encoded."
+        compared = f" Their similarities to each other change by at most {change:.3f}." if len(old) > 1 else ""
+        return said + compared, "\n".join(json.dumps([round(x, 5) for x in vector]) for vector in new.tolist())
 
     def columns(self, file: str | None) -> Any:
         """Returns the choice of columns of a file; "text" or the only column is chosen already."""
@@ -255,12 +332,16 @@ class Demo:
                 f"One model of {million:.1f} million parameters gives a vector of {width} dimensions and the tasks "
                 f"{', '.join(self.specs)}."
             )
-            with gr.Tab("One text"):
-                self._text_tab()
-            with gr.Tab("Compare"):
-                self._compare_tab()
-            with gr.Tab("csv file"):
-                self._file_tab()
+            with gr.Tabs(overflow_behavior="wrap"):
+                with gr.Tab("Text"):
+                    self._text_tab()
+                with gr.Tab("Compare"):
+                    self._compare_tab()
+                if config.embedding_dim is not None:
+                    with gr.Tab("Moving your index"):
+                        self._move_tab()
+                with gr.Tab("File"):
+                    self._file_tab()
         return page
 
     def _text_tab(self) -> None:
@@ -272,9 +353,8 @@ class Demo:
                 button = gr.Button("Annotate", variant="primary")
                 examples = gr.Column()
             with gr.Column():
-                shown = [gr.HighlightedText(label=name, value=next(first)) for name in self.token_tasks]
-                with gr.Row():
-                    shown += [self._bars(name, next(first)) for name in self.sequence_tasks]
+                shown = [self._marked(name, next(first)) for name in self.token_tasks]
+                shown += [self._labels(name, next(first)) for name in self.sequence_tasks]
                 shown.append(_picture("The vector", next(first)))
                 with gr.Accordion("The record, as the pipeline returns it", open=False):
                     shown.append(gr.JSON(show_label=False, value=next(first)))
@@ -284,10 +364,16 @@ class Demo:
                 EXAMPLES, text, shown, self.annotate, cache_examples=False, run_on_click=True, api_visibility="private"
             )
 
-    def _bars(self, name: str, value: Any) -> gr.Label:
-        # Where several labels can be present, or none, the heading would show the best as if it were the answer.
-        heading = self.specs[name].problem_type != "multi_label_classification"
-        return gr.Label(label=name, value=value, num_top_classes=8, show_heading=heading)
+    def _marked(self, name: str, value: Any) -> gr.HighlightedText:
+        groups = dict.fromkeys(
+            label.removeprefix("B-").removeprefix("I-") for label in self.specs[name].labels if label != "O"
+        )
+        return gr.HighlightedText(label=name, value=value, color_map=dict(zip(groups, cycle(COLOURS), strict=False)))
+
+    def _labels(self, name: str, value: Any) -> gr.Label | gr.HTML:
+        if self.specs[name].problem_type == "multi_label_classification":
+            return _picture(name, value)
+        return gr.Label(label=name, value=value, num_top_classes=8)
 
     def _compare_tab(self) -> None:
         info = f"One text on each line, 2 to {MAX_LINES} of them"
@@ -295,6 +381,19 @@ class Demo:
         button = gr.Button("Compare", variant="primary")
         shown = _picture("Cosine similarity of the vectors", self.compare(LINES))
         button.click(self.compare, texts, shown, api_name="compare", concurrency_id="model")
+
+    def _move_tab(self) -> None:
+        gr.Markdown(
+            "Vectors that you have stored of this model's encoder (all-MiniLM-L6-v2 in the release) become this model's by one "
+            "matrix product: `new = normalize(old @ W.T)`. No text is encoded again."
+        )
+        example = self.encoder_vectors(LINES)
+        info = f"One JSON list on each line, 1 to {MAX_LINES} of them. The example is the texts of the tab Compare."
+        vectors = gr.Textbox(label="Stored vectors", value=example, lines=4, max_lines=4, info=info)
+        button = gr.Button("Move", variant="primary")
+        said, moved = self.move(example)
+        shown = [gr.Markdown(said), gr.Textbox(label="Moved vectors", value=moved, lines=4, max_lines=4, buttons=["copy"])]
+        button.click(self.move, vectors, shown, api_name="move")
 
     def _file_tab(self) -> None:
         gr.Markdown(

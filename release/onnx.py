@@ -7,7 +7,7 @@ Both give `last_hidden_state`, `sentence_embedding`, `encoder_embedding` and `lo
 `input_ids` and `attention_mask`; `token_type_ids` and `casing_ids`, where the model reads them, may be left out and are zero
 then. ONNX Runtime computes a whole graph whatever is asked of it, so a model with a task branch gets two more files beside
 each, `*_embedding.onnx` and `*_tasks.onnx`: graphs of the embeddings alone and of the logits alone, which read their weights
-from the file of the whole graph. With --data, both are measured on the tasks' data sets, into results/onnx.json. Axes: B
+from the file of the whole graph. The latter requires `casing_ids`, so that no consumer forgets it. With --data, both are measured on the tasks' data sets, into results/onnx.json. Axes: B
 batch, T tokens, N texts or tokens.
 """
 
@@ -266,6 +266,10 @@ def write_part(whole: Path, part: str, outputs: list[str]) -> None:
     inputs = [x for x in extracted.graph.input if x.name in read]
     del extracted.graph.input[:]
     extracted.graph.input.extend(inputs)
+    # JavaScript's runtimes feed only inputs that have no initializer: they could never tell the branch how words are written.
+    kept = [x for x in extracted.graph.initializer if x.name != "casing_ids"]
+    del extracted.graph.initializer[:]
+    extracted.graph.initializer.extend(kept)
     content, place = whole.read_bytes(), 0
     for tensor in extracted.graph.initializer:
         values = tensor.raw_data

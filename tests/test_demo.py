@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configuration_multitask import TaskSpec
 from tests.conftest import ROOT, TEXTS
 
 gr = pytest.importorskip("gradio")
@@ -70,10 +71,32 @@ def test_a_text_is_shown_as_the_pipeline_reads_it(demo: app.Demo, pipe: Any) -> 
     found = [(entity["word"], entity["entity_group"]) for entity in record["entities"]["ner"]]
     assert found and [piece for piece in pieces if piece[1]] == found
     assert pos["entities"] == record["entities"]["pos"]
-    assert (sentiment, topics) == (record["labels"]["sentiment"]["scores"], record["labels"]["topics"]["scores"])
+    assert sentiment == record["labels"]["sentiment"]["scores"]
+    answer = record["labels"]["topics"]
+    assert {label: float(score) for label, score in re.findall(r"<li>(\w+) <b>([\d.]+)</b>", topics)} == {
+        label: round(answer["scores"][label], 2) for label in answer["labels"]
+    }
     assert rating == f"stars {record['labels']['rating']['values']['stars']:.2f}"
     assert json.loads(json.dumps(plain))["sentence_embedding"] == record["sentence_embedding"].tolist()
     assert re.findall(r'title="\d+: ([^"]+)"', picture) == [f"{value:.3f}" for value in record["sentence_embedding"]]
+
+
+def test_a_chip_is_shown_for_what_passes_its_threshold_and_a_sentence_if_nothing_does() -> None:
+    spec = TaskSpec(kind="sequence_classification", labels=["<joy>", "fear"], problem_type="multi_label_classification",
+                    thresholds=[0.3, 0.6], fallback="fear")  # fmt: skip
+    shown = app.chips(spec, {"scores": {"<joy>": 0.41, "fear": 0.55}})
+    assert "<li>&lt;joy&gt; <b>0.41</b></li>" in shown and "fear" not in shown
+    shown = app.chips(spec, {"scores": {"<joy>": 0.29, "fear": 0.55}})
+    assert "<li>" not in shown and "Nothing passes its threshold. The answer is fear." in shown
+    assert "fear 0.55 of 0.60, &lt;joy&gt; 0.29 of 0.30" in shown
+
+
+def test_stored_vectors_move_to_what_encoding_anew_would_give(demo: app.Demo, pipe: Any) -> None:
+    texts = ["I love it!", "so sad"]
+    said, moved = demo.move(demo.encoder_vectors("\n".join(texts)))
+    expected = [record["sentence_embedding"] for record in pipe(texts)]
+    np.testing.assert_allclose([json.loads(line) for line in moved.splitlines()], expected, atol=1e-3)  # five decimals
+    assert said.startswith("2 vectors: 32 → 8 dimensions")
 
 
 def test_texts_are_compared_by_their_vectors(demo: app.Demo, pipe: Any) -> None:
@@ -82,7 +105,10 @@ def test_texts_are_compared_by_their_vectors(demo: app.Demo, pipe: Any) -> None:
     vectors = np.stack([record["sentence_embedding"] for record in pipe(texts)])
     shown = [float(value) for value in re.findall(r">(-?\d\.\d\d)</td>", table)]
     np.testing.assert_allclose(shown, (vectors @ vectors.T).ravel(), atol=0.006)
-    assert "<b>" not in table and "&lt;b&gt;I love it!" in table and "Paris &amp; Rome" in table
+    assert "<b>I love" not in table and "&lt;b&gt;I love it!" in table and "Paris &amp; Rome" in table
+    assert 'title="2. so sad | 3. Paris &amp; Rome"' in table, "a cell names its two texts"
+    pairs = [float(value) for value in re.findall(r"<li><b>(-?\d\.\d\d)</b>", table)]
+    assert pairs == sorted(pairs, reverse=True) and len(pairs) == 3
 
 
 def test_colours_tell_sign_and_size() -> None:
@@ -104,6 +130,11 @@ def test_colours_tell_sign_and_size() -> None:
         ("compare", None, "0 lines"),
         ("compare", "a\n" * 13, "13 lines"),
         ("compare", "a\n" + "b" * 20_001, "text 2 has 20,001 characters"),
+        ("move", None, "0 lines; allowed: 1 to 12"),
+        ("move", "[1, 2]", "line 1 is [1, 2]…; allowed: a JSON list of 32 numbers"),
+        ("move", "\n" + str([0] * 32), "line 2 is"),
+        ("move", str([float("nan")] * 32).replace("nan", "NaN"), "not all zero"),
+        ("move", "[" * 100_000, "line 1 is"),
         ("columns", str(ROOT / "model.safetensors"), "bytes; allowed: 1,048,576"),
     ],
 )

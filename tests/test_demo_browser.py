@@ -64,7 +64,7 @@ def page(address: str, browser: Any) -> Iterator[Any]:
 
 
 def upload(page: Any, file: Path) -> None:
-    page.get_by_role("tab", name="csv file").click()
+    page.get_by_role("tab", name="File").click()
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Click to upload").click()
     chooser.value.set_files(file)
@@ -94,7 +94,32 @@ def test_texts_are_compared(page: Any) -> None:
     page.get_by_role("button", name="Compare").click()
     playwright.expect(page.locator(".heat td")).to_have_count(9)
     assert page.locator(".heat td").first.inner_text() == "1.00"
+    playwright.expect(page.locator(".pairs li")).to_have_count(3)
     assert page.locator(".heat tbody th").nth(1).inner_text() == "2. <img src=x onerror=alert(1)>"
+
+
+def test_stored_vectors_are_moved_from_the_keyboard_alone(page: Any) -> None:
+    page.get_by_role("tab", name="Text").focus()
+    for _ in range(4):
+        if page.evaluate("document.activeElement.textContent").strip() == "Moving your index":
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    vectors = page.get_by_label("One JSON list on each line")
+    vectors.fill(str([1] * 32))
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    playwright.expect(page.get_by_text("1 vectors: 32 → 8 dimensions")).to_be_visible()
+    assert page.locator("textarea:visible").last.input_value().count(",") == 7
+
+
+def test_nothing_is_wider_than_a_phone(address: str, browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 375, "height": 800})
+    page.goto(address)
+    for name in ("Text", "Compare", "Moving your index", "File"):
+        page.get_by_role("tab", name=name).click(timeout=PATIENCE)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375, name
+    page.close()
 
 
 def test_html_in_texts_and_entities_is_shown_as_text(page: Any, pipe: Any) -> None:

@@ -1,0 +1,176 @@
+"""Serves the model over HTTP: `python -m serving.server [MODEL] --port 8000`; needs requirements-serving.txt.
+
+    POST /annotate        {"inputs": ["a text", "another"], "parameters": {"tasks": ["ner"]}} as handler.py takes it
+    POST /v1/embeddings   {"input": ["a text"], "dimensions": 128} as OpenAI's clients send it
+    GET  /health /metrics /docs
+
+LitServe runs it: one process takes requests, and each of the two endpoints has a worker process with the model. A worker
+takes the requests that wait and computes their texts together (dynamic batching).
+"""
+
+import argparse
+import base64
+import signal
+from typing import Any
+
+import litserve
+import numpy as np
+from fastapi.responses import JSONResponse, Response
+from prometheus_fastapi_instrumentator import Instrumentator
+
+from handler import MAX_CHARACTERS, EndpointHandler
+from release.export import ROOT
+
+BATCH_REQUESTS = 32
+BATCH_SECONDS = 0.002  # how long a request may wait for others to share its batch
+QUEUED_REQUESTS = 128  # waiting or running; more are answered with 429
+QUEUE_SECONDS = 30  # a request that has waited longer is answered with 504
+BODY_BYTES = 12 * MAX_CHARACTERS + 2**16  # JSON may write a character as two escapes of six bytes
+
+
+class Refusal(Exception):
+    """A request that is not allowed; the message says what is."""
+
+
+class Endpoint(litserve.LitAPI):
+    """What both endpoints share: requests are read one by one, so that a bad one harms no other, and answered together.
+
+    Args:
+        model: The model's folder.
+        path: Where the endpoint is.
+    """
+
+    def __init__(self, model: str, path: str) -> None:
+        super().__init__(max_batch_size=BATCH_REQUESTS, batch_timeout=BATCH_SECONDS, api_path=path)
+        self.model = model
+
+    def setup(self, device: str) -> None:
+        self.handler = EndpointHandler(self.model)
+
+    def decode_request(self, request: dict) -> Any:
+        try:
+            return self.read(request)
+        except (Refusal, ValueError) as error:
+            return Refusal(str(error))
+
+    def predict(self, requests: list[Any]) -> list[Any]:
+        good = [request for request in requests if not isinstance(request, Refusal)]
+        answers = iter(self.answer(good))
+        return [request if isinstance(request, Refusal) else next(answers) for request in requests]
+
+    def encode_response(self, output: Any) -> Response:
+        if isinstance(output, Refusal):
+            return JSONResponse({"error": {"message": str(output), "type": "invalid_request_error"}}, status_code=400)
+        return JSONResponse(output)
+
+    def read(self, request: dict[str, Any]) -> Any:
+        """Returns what `answer` takes.
+
+        Raises:
+            Refusal, ValueError: The request is not allowed.
+        """
+        raise NotImplementedError
+
+    def answer(self, requests: list[Any]) -> list[Any]:
+        """Returns the answer of each request, ready for JSON."""
+        raise NotImplementedError
+
+
+class Annotate(Endpoint):
+    """Records, as `handler.EndpointHandler` gives them."""
+
+    def read(self, request: dict[str, Any]) -> Any:
+        return self.handler.read(request)
+
+    def answer(self, requests: list[Any]) -> list[Any]:
+        return self.handler.answer(requests)
+
+
+class Embeddings(Endpoint):
+    """Embeddings in the form of OpenAI's API; with `dimensions` at the encoder's width, the encoder's own."""
+
+    def setup(self, device: str) -> None:
+        super().setup(device)
+        config = self.handler.pipeline.model.config
+        self.full, self.encoder = config.embedding_dim or config.hidden_size, config.hidden_size
+
+    def read(self, request: dict[str, Any]) -> Any:
+        size, form = request.get("dimensions") or self.full, request.get("encoding_format") or "float"
+        if type(size) is not int or not (1 <= size <= self.full or size == self.encoder):
+            raise Refusal(f"dimensions is {size!r:.50}; allowed: 1 to {self.full}, or {self.encoder} for the encoder's own.")
+        if form not in ("float", "base64"):
+            raise Refusal(f'encoding_format is {form!r:.50}; allowed: "float" or "base64".')
+        texts = request.get("input")
+        items = texts if isinstance(texts, list) else [texts]
+        if not items or not all(isinstance(item, str) for item in items):
+            raise Refusal(f"input is {texts!r:.50}; allowed: a text or a list of texts (no token ids).")
+        vector = "encoder" if size > self.full else True
+        return *self.handler.read({"inputs": items, "parameters": {"tasks": [], "embedding": vector}}), size, form, request
+
+    def answer(self, requests: list[Any]) -> list[Any]:
+        records = self.handler.answer([(texts, options) for texts, options, *_ in requests])
+        return [self._response(*request, answer) for request, answer in zip(requests, records, strict=True)]
+
+    def _response(self, texts: list[str], _: Any, size: int, form: str, request: dict, records: list[dict]) -> Any:
+        if errors := [record["error"] for record in records if "error" in record]:
+            return Refusal(errors[0])
+        vectors = np.array([next(iter(record.values())) for record in records], dtype="<f4")[:, :size]
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        shown = [base64.b64encode(x.tobytes()).decode() for x in vectors] if form == "base64" else vectors.tolist()
+        tokens = sum(map(len, self.handler.pipeline.tokenizer(texts, truncation=False)["input_ids"]))
+        return {
+            "object": "list",
+            "data": [{"object": "embedding", "index": index, "embedding": x} for index, x in enumerate(shown)],
+            "model": request.get("model", "multitask-minilm"),
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+
+class Capacity:
+    """Middleware that answers 429 while `limit` requests wait or run, so that a queue never grows without bound."""
+
+    def __init__(self, app: Any, limit: int) -> None:
+        self.app, self.limit, self.running = app, limit, 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if self.running >= self.limit:
+            message = f"{self.limit} requests are waiting; send this one again later."
+            refusal = JSONResponse({"error": {"message": message}}, status_code=429, headers={"Retry-After": "1"})
+            return await refusal(scope, receive, send)
+        self.running += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.running -= 1
+
+
+def make_server(model: str, queued_requests: int = QUEUED_REQUESTS) -> litserve.LitServer:
+    """Returns the server of a model's folder, to be run with one API process: queue and metrics are that process's own."""
+    server = litserve.LitServer(
+        [Annotate(model, "/annotate"), Embeddings(model, "/v1/embeddings")],
+        timeout=QUEUE_SECONDS,
+        max_payload_size=BODY_BYTES,
+        middlewares=[(Capacity, {"limit": queued_requests})],
+    )
+    metrics = Instrumentator(should_instrument_requests_inprogress=True, inprogress_labels=True)
+    metrics.instrument(server.app).expose(server.app)
+    return server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=str(ROOT), help="the model's folder; default: this repository")
+    parser.add_argument("--host", default="127.0.0.1", choices=["127.0.0.1", "0.0.0.0", "::"])
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--queued-requests", type=int, default=QUEUED_REQUESTS, help="more are answered with 429")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe finishes running requests on an interrupt alone
+    make_server(args.model, args.queued_requests).run(
+        host=args.host, port=args.port, num_api_servers=1, generate_client_file=False
+    )
+
+
+if __name__ == "__main__":
+    main()
