@@ -319,10 +319,12 @@ def _labels(task: dict[str, Any]) -> str:
 
 
 def licenses_table(folder: Path) -> str:
-    """Returns the data sets that the release trains on, with their licenses."""
-    sources = [x for x in read_sources().values() if "trains" in x["use"]]
-    rows = [[f"[{x['title']}]({x['link']})", x["license"], x["use"].rpartition(" ")[2]] for x in sources]
-    return markdown(["trained on", "license", "head"], rows)
+    """Returns the data sets that each head trains on, with their licenses."""
+    by_head: dict[str, list[str]] = {}
+    for x in read_sources().values():
+        if "trains" in x["use"]:
+            by_head.setdefault(x["use"].rpartition(" ")[2], []).append(f"[{x['title']}]({x['link']}): {x['license']}")
+    return markdown(["head", "trained on, with licenses"], [[head, "<br>".join(sets)] for head, sets in by_head.items()])
 
 
 def data_table(folder: Path) -> str:
