@@ -170,8 +170,8 @@ def test_standard_input_is_read_as_text_lines_or_as_told(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either texts or --input"),
-        (["x", "--input", "y.csv"], "give either texts or --input"),
+        ([], "give texts or --input FILE, one of the two"),
+        (["x", "--input", "y.csv"], "give texts or --input FILE, one of the two"),
         (["x", "--output", "out.csv"], "the name must end in .jsonl or .parquet"),
         (["--input", "in.tsv"], "the suffix is unknown; name the format with --input-format (csv, jsonl, parquet, text)"),
         (["--input", "-", "--text-column", "a"], "--text-column needs an input with columns"),

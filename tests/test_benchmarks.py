@@ -42,7 +42,7 @@ def test_a_small_run_writes_table_and_picture(run_main, tmp_path, monkeypatch, c
     short = found["one_short_text_milliseconds"]
     assert all(0 < x["median"] <= x["p95"] for x in short.values())
     assert {"everything, torch", "embedding alone, torch", run.ENCODE, rivals.SPACY} <= short.keys()
-    assert found["shares"]["torch"].pop("padding") > 0
+    assert 0 <= found["shares"]["torch"].pop("padding") < 0.5
     assert sum(found["shares"]["torch"].values()) == pytest.approx(1)
     assert found["start"]["torch"]["seconds"] > 0 and found["start"]["torch"]["peak_bytes"] > 50e6
     assert found["file_bytes"]["torch"] > 10_000 and found["texts_per_second_by_threads"]["1"]["torch"] > 0
@@ -116,14 +116,6 @@ def test_texts_are_of_three_kinds_and_the_same_every_time(tmp_path):
     assert len(texts) == 100 and texts == run.read_texts(tmp_path, 100)
     assert sum(text.startswith("tweet") for text in texts) == 50
     assert sum(text.count("Sentence") == run.DOCUMENT_ROWS for text in texts) == 5
-
-
-def test_the_work_of_a_window_grows_with_its_length_and_its_square():
-    config = SimpleNamespace(hidden_size=4, intermediate_size=8, num_hidden_layers=2)
-    window = SimpleNamespace(input_ids=[0] * 10)
-    one = run.encoder_flops(config, [window])
-    assert one == 10 * 2 * 2 * (4 * 16 + 2 * 32) + 4 * 2 * 4 * 100
-    assert run.encoder_flops(config, [window, window]) == 2 * one
 
 
 # What makes the model faster where it helps

@@ -83,9 +83,11 @@ def normal(name: str) -> str:
 
 
 def test_what_is_imported_is_declared():
-    used: dict[str, set[str]] = {"requirements.txt": set(), "requirements-train.txt": set(), "requirements-dev.txt": set()}
+    jobs = ("requirements.txt", "requirements-train.txt", "requirements-dev.txt", "requirements-serving.txt")
+    used: dict[str, set[str]] = {file: set() for file in jobs}
     for path in SOURCES:
-        files = {"tests": "requirements-dev.txt", "benchmarks": "requirements-dev.txt", "demo": "requirements-dev.txt"}
+        files = dict.fromkeys(("tests", "benchmarks", "demo", "examples"), "requirements-dev.txt")
+        files["serving"] = "requirements-serving.txt"
         own_file = files.get(path.parts[0], "requirements-train.txt")
         used["requirements.txt" if len(path.parts) == 1 or path.parts[0] == "bulk" else own_file] |= {
             module.partition(".")[0] for module, _ in imports(path) if module
