@@ -154,10 +154,14 @@ def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None
         for name, make in WAYS.items():
             make(source, paths[name], feeds)
         graphs = {name: Graph(path, names, tasks) for name, path in paths.items()}
-        jobs = {name: partial(annotate, annotator, graph, texts) for name, graph in graphs.items()}
+        together: dict[str, list[Record]] = {}
+
+        def run(name: str) -> None:
+            together[name] = annotate(annotator, graphs[name], texts)
+
+        jobs = {name: partial(run, name) for name in graphs}
         seconds = run_rounds(jobs, rounds, log)
         sizes = {name: path.stat().st_size for name, path in paths.items()}
-        together = {name: job() for name, job in jobs.items()}
         alone = {name: annotate(annotator, graph, texts, 1) for name, graph in graphs.items()}
     return {
         name: {
