@@ -24,8 +24,6 @@ from pathlib import Path
 import httpx2
 import numpy as np
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers import pipeline
 from transformers.utils import logging
@@ -53,16 +51,13 @@ _SECRET = re.compile(
 _TAG = re.compile(r"(?!main$|.*\.lock$)\w[\w+-]*(\.[\w+-]+)*", re.ASCII)
 # Largest distance between the embeddings (unit vectors) of an export and of PyTorch.
 _EXPORT_TOLERANCES = {"onnx": 1e-3, "onnx-int8": 0.3}
-_AGREEMENT = 1e-5  # between the embeddings of sentence-transformers and of the multitask pipeline
 _CARD = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 ---
-# {name}
+# {repo_id}
 
-One pass over a text gives its sentence embedding and the labels of these tasks:
-
-{tasks}
+One pass over a text gives its sentence embedding and the labels of the tasks {tasks}.
 
 `pipeline("multitask", model="{repo_id}", trust_remote_code=True)` gives all of them, `SentenceTransformer("{repo_id}")` the
 embedding alone, without `trust_remote_code`.
@@ -94,7 +89,8 @@ def take_snapshot(folder: Path, repo_id: str, snapshot: Path) -> None:
         raise PublishError("\n  ".join([f"{folder} is not ready to publish:", *problems]))
     card = snapshot / "README.md"
     if not card.exists():
-        card.write_text(short_card(snapshot, repo_id), "utf-8")
+        tasks = json.loads((snapshot / "config.json").read_text("utf-8"))["tasks"]
+        card.write_text(_CARD.format(repo_id=repo_id, tasks=", ".join(tasks) or "none"), "utf-8")
     elif can_render(snapshot) and render_card(text := card.read_text("utf-8"), snapshot) != text:
         raise PublishError(f"README.md does not show the numbers in results/. Run: python -m release.card {folder}")
     refuse_secrets(snapshot)
@@ -113,13 +109,6 @@ def release_files(folder: Path) -> list[str]:
     return sorted(x for x in names - {_HUB_FILE} if (folder / x).is_file() or (folder / x).is_symlink())
 
 
-def short_card(snapshot: Path, repo_id: str) -> str:
-    """Returns a README.md that names the tasks."""
-    tasks = json.loads((snapshot / "config.json").read_text("utf-8"))["tasks"]
-    lines = [f"- **{name}**: {', '.join(spec['labels'])}" for name, spec in tasks.items()] or ["- none"]
-    return _CARD.format(name=repo_id.split("/")[1], repo_id=repo_id, tasks="\n".join(lines))
-
-
 def refuse_secrets(snapshot: Path) -> None:
     """Raises PublishError if a file holds what looks like a secret, or the token for the Hub."""
     token = (get_token() or "").encode()
@@ -131,17 +120,17 @@ def refuse_secrets(snapshot: Path) -> None:
 
 def check_exports(snapshot: Path) -> None:
     """Raises PublishError if an ONNX file does not run, or gives other embeddings than PyTorch."""
-    for backend in (name for name, file in ONNX_FILES.items() if (snapshot / file).exists()):
+    for backend, file in ONNX_FILES.items():
+        if not (snapshot / file).exists():
+            continue
         try:
             torch, onnx = (_embeddings(snapshot, name) for name in ("torch", backend))
-            distance = np.linalg.norm(torch - onnx, axis=1).max()
         except Exception as error:  # ONNX Runtime has an exception of its own for each kind of broken file
-            reason = str(error).splitlines()[0]
-        else:
-            reason = f"its embeddings differ from PyTorch's by {distance:.3f}, allowed: {_EXPORT_TOLERANCES[backend]}"
-            if distance <= _EXPORT_TOLERANCES[backend]:
-                continue
-        raise PublishError(f"{ONNX_FILES[backend]}: {reason}. Rebuild it with `python -m release.onnx`, or delete it.")
+            raise PublishError(f"{file}: {error}. Rebuild it with `python -m release.onnx`, or delete it.") from error
+        distance, allowed = np.linalg.norm(torch - onnx, axis=1).max(), _EXPORT_TOLERANCES[backend]
+        if distance > allowed:
+            raise PublishError(f"{file}: its embeddings differ from PyTorch's by {distance:.3f}, allowed: {allowed}. "
+                               "Rebuild it with `python -m release.onnx`, or delete it.")  # fmt: skip
 
 
 def _embeddings(snapshot: Path, backend: str) -> np.ndarray:
@@ -153,14 +142,6 @@ def _embeddings(snapshot: Path, backend: str) -> np.ndarray:
 def files_in(snapshot: Path) -> list[str]:
     """Returns the paths of all files, relative to the snapshot."""
     return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
-
-
-def describe(snapshot: Path, repo_id: str) -> str:
-    """Returns the files with their sizes in bytes, as text."""
-    sizes = {name: (snapshot / name).stat().st_size for name in files_in(snapshot)}
-    lines = [f"{size:>12,}  {name}" for name, size in sizes.items()]
-    total = f"{sum(sizes.values()):>12,}  bytes in {len(sizes)} files for {repo_id}. Nothing was sent."
-    return "\n".join([*lines, total])
 
 
 # The Hub
@@ -176,31 +157,42 @@ def publish(snapshot: Path, repo_id: str, tag: str | None = None, private: bool 
         private: Whether the repository must be private.
 
     Raises:
-        PublishError: Something failed; the message says what, what the Hub holds now, and what to do.
+        PublishError, httpx2.HTTPError, OSError, RuntimeError, ValueError: Something failed; a note on the exception says what
+            the Hub holds now.
     """
     api = HfApi()
-    untouched = f"Nothing is published: main of {repo_id} is as it was."
-    with _explained(untouched):
+    with _noted(f"Nothing is published unless {api.endpoint}/{repo_id}/commits/main shows it."):
         api.whoami()  # without a valid token, fail before anything is sent
         head, present = open_repository(api, repo_id, tag, private)
         proposal = propose(api, snapshot, repo_id, head, present, tag)
-    try:
-        with _explained(untouched):
+        try:
             print(f"Loading {proposal.pr_url or repo_id} in every way")
             load_back(snapshot, repo_id, proposal.oid)
             if api.model_info(repo_id).sha != head:
                 raise PublishError(f"main of {repo_id} has changed meanwhile. See who changed it, and run this again.")
-        published = merge(api, repo_id, proposal) if proposal.pr_num else head
-    except BaseException:
-        if proposal.pr_num:
-            with suppress(httpx2.HTTPError, OSError):
-                api.change_discussion_status(repo_id, proposal.pr_num, "closed")
-        raise
+            if proposal.pr_num:
+                api.merge_pull_request(repo_id, proposal.pr_num)
+        except BaseException:
+            if proposal.pr_num:
+                with suppress(httpx2.HTTPError, OSError):
+                    api.change_discussion_status(repo_id, proposal.pr_num, "closed")
+            raise
+        published = api.model_info(repo_id).sha
     if tag:
         command = f"hf repos tag create {repo_id} {tag} --revision {published}"
-        with _explained(f"main holds the release, without its tag. Create the tag with: {command}"):
+        with _noted(f"main holds the release, without its tag. Create the tag with: {command}"):
             api.create_tag(repo_id, tag=tag, revision=published)
     return published
+
+
+@contextmanager
+def _noted(outcome: str) -> Iterator[None]:
+    """Adds to any exception what the Hub holds now."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(outcome)
+        raise
 
 
 def open_repository(api: HfApi, repo_id: str, tag: str | None, private: bool) -> tuple[str, set[str]]:
@@ -236,29 +228,6 @@ def propose(api: HfApi, snapshot: Path, repo_id: str, parent: str, present: set[
     return api.create_commit(repo_id, [*additions, *deletions], commit_message=message, create_pr=True, parent_commit=parent)
 
 
-def merge(api: HfApi, repo_id: str, proposal: CommitInfo) -> str:
-    """Returns the commit on main that holds what was proposed.
-
-    Raises:
-        PublishError: The Hub does not merge, or someone else changed main at the same time.
-    """
-    history = f"{api.endpoint}/{repo_id}/commits/main"
-    with _explained(f"See {history}: if the release is not there, nothing is published."):
-        api.merge_pull_request(repo_id, proposal.pr_num)
-        merged = api.model_info(repo_id).sha
-        as_tested = _tree(api, repo_id, merged) == _tree(api, repo_id, proposal.oid)
-    if not as_tested:
-        raise PublishError(f"main of {repo_id} was changed at the same time: it holds other files than those tested. "
-                           f"See {history}, and run this again.")  # fmt: skip
-    return merged
-
-
-def _tree(api: HfApi, repo_id: str, revision: str) -> dict[str, str]:
-    """Returns the id of each file's content at a revision."""
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    return {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
-
-
 def load_back(snapshot: Path, repo_id: str, commit: str) -> None:
     """Loads a commit from the Hub in every way and compares its answers with release/golden.json, or else the snapshot's own.
 
@@ -266,24 +235,15 @@ def load_back(snapshot: Path, repo_id: str, commit: str) -> None:
         PublishError: It does not load in a fresh process with an empty cache, or the answers differ.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        expected, outputs = snapshot / "release/golden.json", Path(folder, "outputs.npz")
+        expected = snapshot / "release/golden.json"
         if not expected.exists():
             expected = Path(folder, "golden.json")
             expected.write_text(json.dumps(golden.answers(golden.load(str(snapshot)))), "utf-8")
         problem = run_fresh(golden.__file__, folder, repo_id, str(expected), commit)
-        problem = problem or run_fresh(ways.__file__, folder, repo_id, str(outputs), commit)
-        if not problem and not _agree(outputs):
-            problem = "SentenceTransformer gives other embeddings than the multitask pipeline"
+        problem = problem or run_fresh(ways.__file__, folder, repo_id, f"{folder}/outputs.npz", commit)
     if problem:
         raise PublishError(f"What was uploaded is not the model that was expected: {problem}\n"
                            "If release/golden.json is older than the weights, run `python -m release.golden`.")  # fmt: skip
-
-
-def _agree(outputs: Path) -> bool:
-    with np.load(outputs) as found:
-        names = [name for name in found if name.startswith("st/embedding/")]
-        pairs = [(found[name], found[name.replace("st/", "pipeline/")]) for name in names]
-        return all(np.allclose(*pair, atol=_AGREEMENT) for pair in pairs)
 
 
 def run_fresh(program: str, folder: str, *arguments: str) -> str:
@@ -297,45 +257,9 @@ def run_fresh(program: str, folder: str, *arguments: str) -> str:
     return printed[-1] if done.returncode else ""
 
 
-# What goes wrong
-
-
-@contextmanager
-def _explained(outcome: str) -> Iterator[None]:
-    """Turns what fails inside into a PublishError that also says what the Hub holds now."""
-    try:
-        yield
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        text, token = f"{explain(error)}\n{outcome}", get_token()
-        raise PublishError(text.replace(token, "<token>") if token else text) from error  # a server may repeat the token
-
-
-def explain(error: BaseException) -> str:
-    """Returns what failed and how to fix it."""
-    if isinstance(error, RuntimeError) and error.__cause__:
-        return explain(error.__cause__)  # the client's, around what failed in an upload
-    if isinstance(error, HfHubHTTPError):
-        reason = (error.server_message or "no reason given").splitlines()[0]
-        hint = _HINTS.get(error.response.status_code, "Fix what it names, or try again later.")
-        return f"The Hub answers {error.response.status_code} ({reason}). {hint}"
-    if isinstance(error, httpx2.HTTPError):
-        return f"The Hub cannot be reached ({error or type(error).__name__}). Check the network and HF_ENDPOINT."
-    return str(error).strip()
-
-
-_HINTS = {
-    401: "Log in again with `hf auth login`, or set HF_TOKEN to a valid token.",
-    403: "Use a token that may write there, publish under your own name, or allow pull requests in its settings.",
-    429: "Wait a while, and run this again.",
-}
-
-
 def check_names(repo_id: str, tag: str | None) -> None:
-    """Raises PublishError if the repository or the tag cannot have that name."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PublishError(f"USER/NAME is {repo_id!r}: {error}") from error
+    """Raises ValueError if the repository or the tag cannot have that name."""
+    validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise PublishError(f"USER/NAME is {repo_id!r}; allowed: your name or an organization's, a slash, the model's name.")
     if tag is not None and not _TAG.fullmatch(tag):
@@ -358,11 +282,14 @@ def main() -> None:
             snapshot = Path(temporary, args.folder.resolve().name)  # a card may be named after its folder
             take_snapshot(args.folder, args.repo_id, snapshot)
             if args.dry_run:
-                print(describe(snapshot, args.repo_id))
+                for name in (names := files_in(snapshot)):
+                    print(f"{(snapshot / name).stat().st_size:>12,}  {name}")
+                print(f"{len(names)} files for {args.repo_id}. Nothing was sent.")
                 return
             published = publish(snapshot, args.repo_id, args.revision, args.private)
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        reason = error.__cause__ if isinstance(error, RuntimeError) else error  # the client's, around a failed upload
+        sys.exit("\n".join([str(reason or error).strip(), *getattr(error, "__notes__", [])]))
     print(f'{args.repo_id} holds the release: pin it with revision="{args.revision or published}" ({published})')
 
 

@@ -105,4 +105,8 @@ def load_pipelines(repo, options, tokenizer, first):
 if __name__ == "__main__":
     repo, output = sys.argv[1:3]
     options = {"revision": sys.argv[3]} if len(sys.argv) > 3 else {}
-    np.savez(output, **load_all_ways(repo, options))
+    found = load_all_ways(repo, options)
+    for i in range(len(TEXTS)):
+        agree = np.allclose(found[f"st/embedding/{i}"], found[f"pipeline/embedding/{i}"], atol=1e-5)
+        assert agree, "SentenceTransformer gives other embeddings than the multitask pipeline"
+    np.savez(output, **found)
