@@ -1,22 +1,15 @@
-"""Lints a release folder: `python -m release.check FOLDER` lists what is wrong with it and fails if anything is.
-
-If picklescan is installed (`pip install picklescan`), it scans every file too.
-"""
+"""Lints a release folder: `python -m release.check FOLDER` lists what is wrong with it and fails if anything is."""
 
 import argparse
 import copy
 import json
-import logging
-import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from common.files import ROOT
@@ -67,20 +60,19 @@ def _read(path: Path) -> Any:
 
 
 def folder_files(folder: Path) -> list[str]:
-    """Returns the files outside hidden folders and virtual environments, as sorted relative paths.
+    """Returns the files outside hidden folders, as sorted relative paths.
 
     In a git checkout, without those that git ignores, such as training runs.
 
     Raises:
         ValueError: git cannot list the files of a checkout.
     """
-    found = set()
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [x for x in folders if not x.startswith(".") and not Path(parent, x, "pyvenv.cfg").exists()]
-        found |= {Path(parent, name).relative_to(folder).as_posix() for name in names if Path(parent, name).is_file()}
     if (folder / ".git").exists():
-        found &= set(git_files(folder, "--cached", "--others", "--exclude-standard"))
-    return sorted(found)
+        paths = [folder / name for name in git_files(folder, "--cached", "--others", "--exclude-standard")]
+    else:
+        paths = list(folder.rglob("*"))
+    names = [path.relative_to(folder) for path in paths if path.is_file()]
+    return sorted(x.as_posix() for x in names if not any(part.startswith(".") for part in x.parts[:-1]))
 
 
 def git_files(checkout: Path, *options: str) -> list[str]:
@@ -107,22 +99,11 @@ def _check_pickles(folder: Path) -> list[str]:
 
 
 def _may_be_pickle(path: Path) -> bool:
-    """Returns whether a file is a pickle by its name or its first bytes, or picklescan finds dangerous code in it."""
+    """Returns whether a file is a pickle by its name or its first bytes; the Hub scans deeper."""
     if path.suffix.lower() in _PICKLES:
         return True
     with path.open("rb") as file:
-        first = file.read(4)
-    return bool(_PICKLED.match(first)) or (first != b"" and find_spec("picklescan") is not None and _is_infected(path))
-
-
-def _is_infected(path: Path) -> bool:
-    from picklescan.scanner import scan_file_path
-
-    logging.getLogger("picklescan").setLevel(logging.CRITICAL)  # it complains of every file that is no pickle
-    try:
-        return scan_file_path(path).issues_count > 0
-    except Exception:  # of any kind: it takes the file for a pickle, which most are not
-        return False
+        return bool(_PICKLED.match(file.read(4)))
 
 
 def _check_config(fields: dict[str, Any], config: MultiTaskConfig) -> list[str]:
@@ -170,20 +151,19 @@ def _check_sentence_transformers(folder: Path, config: MultiTaskConfig) -> list[
 
 
 def _check_weights(folder: Path, config: MultiTaskConfig) -> list[str]:
-    """Compares index, files and the model that the configuration describes: same keys, places and shapes, same digests."""
+    """Compares index, files and the model that the configuration describes: same keys and places, same digests."""
     try:
         index = read_index(folder / WEIGHTS_INDEX)
         with torch.device("meta"):
             model = MultiTaskModel(copy.deepcopy(config))
     except Exception as error:  # of as many types as there are encoders that cannot be built
         return [f"config.json or {WEIGHTS_INDEX}: {error}"]
-    shapes = {release_key(key, model.base_model_prefix): list(x.shape) for key, x in model.state_dict().items()}
-    expected, indexed = set(shapes), set(index["weight_map"].items())
+    expected = {release_key(key, model.base_model_prefix) for key in model.state_dict()}
+    indexed = set(index["weight_map"].items())
     problems = [f"{WEIGHTS_INDEX}: {name} should be in {file}" for name, file in sorted(expected - indexed)]
     problems += [f"{WEIGHTS_INDEX}: {name} in {file} belongs to no such model" for name, file in sorted(indexed - expected)]
     problems += file_problems(index, lambda file: folder / file)
-    problems += [x for x in _check_digests(folder, index) if x not in problems]
-    return problems or _check_shapes(folder, shapes)
+    return problems + _check_digests(folder, index)
 
 
 def _check_digests(folder: Path, index: dict[str, Any]) -> list[str]:
@@ -199,17 +179,6 @@ def _check_digests(folder: Path, index: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _check_shapes(folder: Path, shapes: dict[tuple[str, str], list[int]]) -> list[str]:
-    problems = []
-    for file in sorted({file for _, file in shapes}):
-        with safe_open(folder / file, framework="pt") as weights:
-            for name in sorted(name for name, place in shapes if place == file):
-                stored, expected = weights.get_slice(name).get_shape(), shapes[name, file]
-                if stored != expected:
-                    problems.append(f"{file}: {name} has shape {stored}, config.json asks for {expected}")
-    return problems
-
-
 def _check_root(folder: Path) -> list[str]:
     """Returns what servers would load beside the encoder: they read every *.safetensors, or that index, in the root."""
     names = {path.name for path in folder.glob("*.safetensors")} - {ENCODER_FILE}
@@ -220,8 +189,8 @@ def _check_root(folder: Path) -> list[str]:
 def _check_loading(folder: Path) -> list[str]:
     """Returns why a folder does not load in which nothing else was found, or what it says that it should not.
 
-    Weights that are not finite and a tokenizer that does not fit are found here. Where the folder holds golden outputs, the
-    model must give them again.
+    Weights of another shape or not finite, and a tokenizer that does not fit, are found here. Where the folder holds golden
+    outputs, the model must give them again.
     """
     try:
         model = MultiTaskModel.from_pretrained(folder)

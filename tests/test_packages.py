@@ -19,7 +19,7 @@ LATE = {("pipeline_multitask", "learning_multitask")}
 
 # Used where they are installed, each with a message of its own or a test that is skipped.
 OPTIONAL = {
-    "en_core_web_sm", "fastembed", "onnx", "onnx_ir", "onnxruntime", "peft", "picklescan", "ray", "torchjd", "vaderSentiment",
+    "en_core_web_sm", "fastembed", "onnx", "onnx_ir", "onnxruntime", "peft", "ray", "torchjd", "vaderSentiment",
 }  # fmt: skip
 
 
