@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def draw(train: Part, test: Part, per_label: int | None, labels: int | None, see
 # Methods
 
 
-def add_task(train: Part, test: Part, seed: int, first: int = 0) -> Cell:
-    """Returns the test accuracy of what `add_task` fits to these features from column `first` on, and its seconds."""
+def add_task(train: Part, test: Part, seed: int, encoder_alone: bool = False) -> Cell:
+    """Returns the test accuracy of what `add_task` fits to these features, or the encoder's half of them, and its seconds."""
+    first = train.features.shape[1] // 2 if encoder_alone else 0
     examples = read_examples("own", train.texts.tolist(), train.labels.tolist(), None)
     distinct = train.features[np.unique(examples.rows, return_index=True)[1], first:]
     start = time.perf_counter()
@@ -98,10 +100,6 @@ def add_task(train: Part, test: Part, seed: int, first: int = 0) -> Cell:
     logits = test.features[:, first:] @ weights["weight"].numpy().T + weights["bias"].numpy()
     accuracy = float((np.array(examples.labels)[logits.argmax(axis=1)] == test.labels).mean())
     return {"accuracy": accuracy, "held_out": report["score"], "seconds": seconds, "strength": report["regularization"]}
-
-
-def encoder_alone(train: Part, test: Part, seed: int) -> Cell:
-    return add_task(train, test, seed, train.features.shape[1] // 2)
 
 
 def logistic_regression(train: Part, test: Part, seed: int, values: tuple[float, ...] = (1,)) -> Cell:
@@ -115,10 +113,6 @@ def logistic_regression(train: Part, test: Part, seed: int, values: tuple[float,
     fitted.fit(train.vectors, train.labels)
     seconds = time.perf_counter() - start
     return {"accuracy": float(fitted.score(test.vectors, test.labels)), "seconds": seconds}
-
-
-def tuned(train: Part, test: Part, seed: int) -> Cell:
-    return logistic_regression(train, test, seed, TUNED)
 
 
 def setfit(model: str, train: Part, test: Part, seed: int) -> Cell:
@@ -169,8 +163,8 @@ def entities(model: str, folder: Path, seed: int, rows: int) -> Cell:
 
 
 FITS: dict[str, Callable[[Part, Part, int], Cell]] = {
-    "add_task": add_task, "add_task, encoder alone": encoder_alone, "logistic regression": logistic_regression,
-    "logistic regression, C tuned": tuned,
+    "add_task": add_task, "add_task, encoder alone": partial(add_task, encoder_alone=True),
+    "logistic regression": logistic_regression, "logistic regression, C tuned": partial(logistic_regression, values=TUNED),
 }  # fmt: skip
 # Rows of each label (None: all), and how many seeds.
 SIZES = {2: 5, 5: 5, 10: 5, 20: 3, 50: 1, None: 1}

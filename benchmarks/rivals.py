@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from evaluation.rivals import load_spacy, load_vader
 from pipeline_multitask import ONNX_FILES
 
 Finder = Callable[[list[str]], object]
@@ -25,28 +26,16 @@ def load_rivals(model: Path, folder: Path, threads: int) -> dict[str, Finder]:
         folder: An empty folder for what fastembed reads.
         threads: Of ONNX Runtime in fastembed.
     """
-    found = {SPACY: load_spacy()} if find_spec("en_core_web_sm") else {}
+    found: dict[str, Finder] = {}
+    if find_spec("en_core_web_sm"):
+        nlp = load_spacy()
+        found[SPACY] = lambda texts: [document.ents for document in nlp.pipe(texts)]
     if find_spec("vaderSentiment"):
-        found[VADER] = load_vader()
+        score = load_vader()
+        found[VADER] = lambda texts: [score(text) for text in texts]
     if find_spec("fastembed") and (model / ONNX_FILES["onnx"]).exists():
         found[FASTEMBED] = load_fastembed(model, folder, threads)
     return found
-
-
-def load_spacy() -> Finder:
-    """Returns spaCy's small English pipeline with all but entities switched off; it knows 18 kinds, dates and numbers too."""
-    import en_core_web_sm
-
-    entities = en_core_web_sm.load(exclude=["tagger", "parser", "attribute_ruler", "lemmatizer", "senter"])
-    return lambda texts: [document.ents for document in entities.pipe(texts)]
-
-
-def load_vader() -> Finder:
-    """Returns VADER, which scores sentiment by word lists and rules."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    score = SentimentIntensityAnalyzer().polarity_scores
-    return lambda texts: [score(text) for text in texts]
 
 
 def load_fastembed(model: Path, folder: Path, threads: int) -> Finder:

@@ -3,12 +3,11 @@
 Each way of working runs over the same texts, in rounds, each round in another order. What counts are the ratios of two
 times of the same round, so that a machine that slows down for a while slows both; given are their medians and quartiles.
 The same for one short text at a time. Then, for each backend: the size of its files, and the seconds and the memory of
-annotate.py with one text; at last, its speed with other numbers of threads. Results go to results/benchmarks.json, with a
-picture beside it. Run it on a quiet machine, with `python -m release.onnx .` before it.
+annotate.py with one text. Results go to results/benchmarks.json. Run it on a quiet machine, with `python -m release.onnx .`
+before it.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,63 +19,42 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 
-from benchmarks.rivals import FASTEMBED, SPACY, VADER, Finder, load_rivals
+from benchmarks.rivals import FASTEMBED, SPACY, Finder, load_rivals
 from common.data import load_split
-from common.files import ROOT, environment_info
+from common.files import ROOT, environment_info, write_json
 from pipeline_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, ONNX_PARTS, length_batches, onnx_part
-
-
-class Ratio(NamedTuple):
-    """What is compared: the times of two jobs, for a throughput the other's above ours.
-
-    Attributes:
-        title: What it is.
-        above: Name of the job whose time is divided.
-        below: Name of the job by whose time it is divided.
-        must: The limit that has to hold.
-        aim: What would be good.
-        smaller: Whether less is better.
-    """
-
-    title: str
-    above: str
-    below: str
-    must: float | None = None
-    aim: float | None = None
-    smaller: bool = False
-
 
 ENCODE = "SentenceTransformer.encode"
 SINGLE = "three single-task passes"  # of encoders of the same size: one embeds, one classifies, one tags
 OUTPUTS: dict[str, dict[str, Any]] = {
     "everything": {}, "embedding alone": {"tasks": []}, "labels and entities alone": {"embedding": False},
 }  # fmt: skip
-RATIOS = [
-    Ratio(f"throughput: everything, PyTorch / {ENCODE}", ENCODE, "everything, torch", 1.0, 1.2),
-    Ratio(f"throughput: everything, ONNX / {ENCODE}", ENCODE, "everything, onnx"),
-    Ratio(f"throughput: everything, 8 bits / {ENCODE}", ENCODE, "everything, onnx-int8", 1.7, 2.4),
-    Ratio(f"throughput: embedding alone, ONNX / {ENCODE}", ENCODE, "embedding alone, onnx"),
-    Ratio(f"throughput: embedding alone, 8 bits / {ENCODE}", ENCODE, "embedding alone, onnx-int8", 2.3, 3.0),
-    Ratio(f"throughput: embedding alone, 8 bits / {FASTEMBED}", FASTEMBED, "embedding alone, onnx-int8"),
-    Ratio(f"throughput: labels and entities alone, ONNX / {SPACY}", SPACY, "labels and entities alone, onnx"),
-    Ratio(f"throughput: labels and entities alone, 8 bits / {SPACY}", SPACY, "labels and entities alone, onnx-int8", 1.0, 1.5),
-    Ratio("throughput: everything, PyTorch / three single-task passes", SINGLE, "everything, torch", 2.0, 2.3),
-]  # fmt: skip
-LATENCIES = [
-    Ratio(f"one short text: everything, PyTorch / {ENCODE}", "everything, torch", ENCODE, smaller=True),
-    Ratio(f"one short text: everything, ONNX / {ENCODE}", "everything, onnx", ENCODE, 0.7, 0.4, smaller=True),
-    Ratio(f"one short text: everything, 8 bits / {ENCODE}", "everything, onnx-int8", ENCODE, 0.7, 0.4, smaller=True),
-]
+# What is compared: the times of two jobs, the first divided by the second; for a throughput, the other's above ours.
+RATIOS = {
+    f"throughput: everything, PyTorch / {ENCODE}": (ENCODE, "everything, torch"),
+    f"throughput: everything, ONNX / {ENCODE}": (ENCODE, "everything, onnx"),
+    f"throughput: everything, 8 bits / {ENCODE}": (ENCODE, "everything, onnx-int8"),
+    f"throughput: embedding alone, ONNX / {ENCODE}": (ENCODE, "embedding alone, onnx"),
+    f"throughput: embedding alone, 8 bits / {ENCODE}": (ENCODE, "embedding alone, onnx-int8"),
+    f"throughput: embedding alone, 8 bits / {FASTEMBED}": (FASTEMBED, "embedding alone, onnx-int8"),
+    f"throughput: labels and entities alone, ONNX / {SPACY}": (SPACY, "labels and entities alone, onnx"),
+    f"throughput: labels and entities alone, 8 bits / {SPACY}": (SPACY, "labels and entities alone, onnx-int8"),
+    "throughput: everything, PyTorch / three single-task passes": (SINGLE, "everything, torch"),
+}
+LATENCIES = {
+    f"one short text: everything, PyTorch / {ENCODE}": ("everything, torch", ENCODE),
+    f"one short text: everything, ONNX / {ENCODE}": ("everything, onnx", ENCODE),
+    f"one short text: everything, 8 bits / {ENCODE}": ("everything, onnx-int8", ENCODE),
+}
 SHORT_TEXT = "Tim Cook opened Apple's new store in Paris. I love it!"
-THREADS = (1, 2, 4)
-OPTIONAL_LIBRARIES = ("onnxruntime", "spacy", "vaderSentiment", "fastembed")
+OPTIONAL_LIBRARIES = ("onnxruntime", "spacy", "vaderSentiment", "fastembed", "litserve")
 # Runs a command and prints the seconds and the bytes of memory that it took. A process of its own, since one inherits its
 # parent's peak.
 WATCH = """
@@ -116,15 +94,6 @@ def three_passes(pipe: Any, texts: list[str]) -> Job:
     return run
 
 
-def encode_job(encoder: Any, texts: list[str]) -> Job:
-    """Returns sentence-transformers' way to the embedding alone."""
-
-    def run() -> None:
-        encoder.encode(texts)
-
-    return run
-
-
 def load_pipes(model: str) -> dict[str, Any]:
     """Returns the pipeline on each backend that this folder holds an export for, by the backend's name."""
     has_runtime = find_spec("onnxruntime") is not None
@@ -154,15 +123,14 @@ def run_rounds(jobs: dict[str, Job], rounds: int, log: Callable[[str], None]) ->
     return seconds
 
 
-def compare(ratios: list[Ratio], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+def compare(ratios: dict[str, tuple[str, str]], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Returns each ratio whose two jobs have run, with its quartiles over the rounds."""
     rows = []
-    for ratio in ratios:
-        if ratio.above in seconds and ratio.below in seconds:
-            values = [a / b for a, b in zip(seconds[ratio.above], seconds[ratio.below], strict=True)]
+    for title, (above, below) in ratios.items():
+        if above in seconds and below in seconds:
+            values = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
             low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-            limits = {"must": ratio.must, "aim": ratio.aim, "smaller": ratio.smaller}
-            rows.append({"ratio": ratio.title, "median": middle, "quartiles": [low, high], **limits})
+            rows.append({"ratio": title, "median": middle, "quartiles": [low, high]})
     return rows
 
 
@@ -170,19 +138,6 @@ def milliseconds(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]
     """Returns the median and the 95th percentile of each job's times."""
     found = {name: np.quantile(1000 * np.array(values), [0.5, 0.95]).tolist() for name, values in seconds.items()}
     return {name: {"median": middle, "p95": high} for name, (middle, high) in found.items()}
-
-
-def replaces(seconds: dict[str, list[float]], texts: int) -> list[dict[str, str]]:
-    """Returns the rows of the card's comparison with the three models that people would run instead."""
-    if not {VADER, SPACY} <= seconds.keys():
-        return []
-    rounds = zip(seconds[ENCODE], seconds[VADER], seconds[SPACY], strict=True)
-    three = texts / statistics.median(map(sum, rounds))
-    return [
-        {"title": f"texts per second, {title}", "three": f"{three:,.0f}", "one": f"{texts / statistics.median(found):,.0f}"}
-        for title, backend in (("PyTorch", "torch"), ("8 bits", "onnx-int8"))
-        if (found := seconds.get(f"everything, {backend}"))
-    ]
 
 
 def shares(pipe: Any, texts: list[str]) -> dict[str, float]:
@@ -221,51 +176,6 @@ def start(model: str, backend: str, repeats: int = 3) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "peak_bytes": max(peaks)}
 
 
-def by_threads(model: str, texts: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Returns the texts per second of each backend, all outputs, with each number of threads."""
-    before, found = torch.get_num_threads(), {}
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        jobs = {backend: partial(pipe, texts) for backend, pipe in load_pipes(model).items()}
-        run_rounds(jobs, 1, lambda line: None)  # warm-up
-        seconds = run_rounds(jobs, rounds, lambda line: None)
-        found[str(threads)] = {name: len(texts) / statistics.median(values) for name, values in seconds.items()}
-    torch.set_num_threads(before)
-    return found
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the ratios with their quartiles, the limit as a line and the aim as a dot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1), layout="constrained")
-    for place, row in enumerate(reversed(rows)):
-        axes.barh(place, row["median"], color="tab:blue", height=0.5)
-        axes.plot(row["quartiles"], [place, place], color="gray", linewidth=3)
-        for value, marker in ((row["must"], "|"), (row["aim"], "o")):
-            if value:
-                axes.plot(value, place, marker, color="tab:orange", markersize=12 if marker == "|" else 6)
-    axes.set_yticks(range(len(rows)), [row["ratio"] for row in reversed(rows)])
-    axes.set_xscale("log")
-    axes.axvline(1, color="gray", linewidth=1)
-    axes.set_xlabel("median over rounds; gray: quartiles\norange: what must hold (line), what we aim at (dot)")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def show(rows: list[dict[str, Any]]) -> str:
-    """Returns the comparison as a table for a console."""
-    lines = [f"{'':<68} {'median':>7}  quartiles      must   aim"]
-    for row in rows:
-        low, high = row["quartiles"]
-        limits = "  ".join(f"{row[key]:5.2f}" if row[key] else "    –" for key in ("must", "aim"))
-        lines.append(f"{row['ratio']:<68} {row['median']:7.2f}  {low:.2f} to {high:.2f}  {limits}")
-    return "\n".join(lines)
-
-
 def positive(text: str) -> int:
     """Returns a number from a command line, which must be at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -294,8 +204,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     """Writes a measurement, with what it depends on."""
     result = {**result, **environment_info()}
     result["libraries"] |= {name: version(name) for name in OPTIONAL_LIBRARIES if find_spec(name)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    write_json(path, result)
 
 
 def main() -> None:
@@ -313,7 +222,8 @@ def main() -> None:
         seconds = run_rounds(all_jobs(pipes, encoder, rivals, texts), args.rounds, log)
         short = run_rounds(all_jobs(pipes, encoder, rivals, [SHORT_TEXT]), args.short, lambda line: None)
     rows = [*compare(RATIOS, seconds), *compare(LATENCIES, short)]
-    print(show(rows))
+    for row in rows:
+        print(f"{row['ratio']:<68} {row['median']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})")
     options = " ".join(f"--{name} {getattr(args, name)}" for name in ("texts", "rounds", "short", "threads"))
     result = {
         "command": f"python -m benchmarks.run --data DIR {options}",
@@ -326,12 +236,9 @@ def main() -> None:
         "shares": {backend: shares(pipe, texts) for backend, pipe in pipes.items()},
         "file_bytes": {backend: file_bytes(Path(args.model), backend) for backend in pipes},
         "start": {backend: start(args.model, backend) for backend in pipes},
-        "texts_per_second_by_threads": by_threads(args.model, texts[: len(texts) // 4 or 1], 3),
-        "replaces": replaces(seconds, len(texts)),
         "seconds": seconds,
     }
     write_result(args.output, result)
-    draw(rows, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

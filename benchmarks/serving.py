@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ import numpy as np
 import torch
 from transformers import pipeline
 
-from common.files import ROOT, environment_info, write_json
+from benchmarks.run import write_result
+from common.files import ROOT
 
 CLIENTS = (1, 8, 64)
 BURST_CLIENTS = 96
@@ -130,10 +130,8 @@ def main() -> None:
     right = sum(status == 200 and same(answer[0], expected[text]) for text, status, answer in answers)
     statuses = {str(status): count for status, count in sorted(Counter(status for _, status, _ in answers).items())}
     burst = {"clients": BURST_CLIENTS, "queued_requests": BURST_QUEUE, "statuses": statuses, "right": right}
-    info = environment_info()
-    info["libraries"]["litserve"] = version("litserve")
     result = {"command": "python -m benchmarks.serving", "threads": torch.get_num_threads(), "one_by_one": one_by_one}
-    write_json(args.output, {**result, "served": served, "burst": burst, **info})
+    write_result(args.output, {**result, "served": served, "burst": burst})
     print(args.output.read_text("utf-8"))
 
 

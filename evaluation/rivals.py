@@ -16,7 +16,7 @@ from typing import Any
 from transformers import pipeline
 
 from common.data import has_split, load_task_split, rewrite_tokens, source_labels, tagged_rows, task_labels, token_spans
-from common.files import ROOT, environment_info
+from common.files import ROOT, environment_info, write_json
 from common.recipe import Recipe, TaskRecipe
 from evaluation.evaluate import DEFAULT_RECIPE
 from evaluation.metrics import classification_metrics, entities_to_tags, entity_metrics
@@ -29,30 +29,36 @@ Finder = Callable[[list[str]], list[list[dict[str, Any]]]]
 Judge = Callable[[list[str]], list[str]]
 
 
-def spacy_finder() -> Finder:
+def load_spacy() -> Any:
     """Returns spaCy's small English pipeline, without the parts that entities do not need."""
     import en_core_web_sm
 
-    nlp = en_core_web_sm.load(exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
+    return en_core_web_sm.load(exclude=["tagger", "parser", "attribute_ruler", "lemmatizer", "senter"])
 
-    def find(texts: list[str]) -> list[list[dict[str, Any]]]:
-        return [
-            [
-                {"entity_group": SPACY_KINDS[x.label_], "start": x.start_char, "end": x.end_char}
-                for x in document.ents
-                if x.label_ in SPACY_KINDS
-            ]
-            for document in nlp.pipe(texts)
+
+def load_vader() -> Callable[[str], dict[str, float]]:
+    """Returns VADER (Hutto and Gilbert 2014), which scores sentiment by word lists and rules."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer().polarity_scores
+
+
+def spacy_finder() -> Finder:
+    """Returns spaCy's entities of the kinds that this model knows."""
+    nlp = load_spacy()
+    return lambda texts: [
+        [
+            {"entity_group": SPACY_KINDS[x.label_], "start": x.start_char, "end": x.end_char}
+            for x in document.ents
+            if x.label_ in SPACY_KINDS
         ]
-
-    return find
+        for document in nlp.pipe(texts)
+    ]
 
 
 def vader_judge() -> Judge:
-    """Returns VADER (Hutto and Gilbert 2014), with the bounds that its authors give."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    score = SentimentIntensityAnalyzer().polarity_scores
+    """Returns VADER with the bounds that its authors give."""
+    score = load_vader()
 
     def judge(texts: list[str]) -> list[str]:
         values = [score(text)["compound"] for text in texts]
@@ -119,7 +125,7 @@ def main() -> None:
         **measure(pipe, recipes),
         **environment_info(),
     }
-    args.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    write_json(args.output, result)
     print(json.dumps({key: result[key] for key in ("entities", "entities, lower case", "sentiment")}, indent=1))
 
 

@@ -378,7 +378,7 @@ def measure_memory(release: Path, folder: Path, rows: int, found: Any) -> None:
 
 
 def test_memory_stays_flat(release, tmp_path):
-    """A short stream, chunk by chunk; `python -m benchmarks.memory` has a million rows."""
+    """A short stream, chunk by chunk."""
     rows, found = 16384, PROCESSES.Queue()
     process = PROCESSES.Process(target=measure_memory, args=(release, tmp_path, rows, found))
     process.start()
