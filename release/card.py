@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from common.files import ROOT
 from release.figures import MISSING, render_figures
-from release.tables import RENDERERS, emissions, measured_metrics, read, read_some
+from release.tables import RENDERERS, emissions, measured_metrics, measured_tasks, read_some
 
 _METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _MARKER = "<!-- results -->"
@@ -45,14 +45,10 @@ def metadata(card: str, folder: Path) -> str:
     name = folder.resolve().name
     for index in fields.pop("model-index", []):
         name = index["name"]
-    described = read("tasks", folder)
-    evaluations = [
-        _evaluation(task, metric, read(task.get("results", "release"), folder)["tasks"][key])
-        for key, task in described.items()
-        for metric in measured_metrics(task, read(task.get("results", "release"), folder)["tasks"][key])
-    ]
+    tasks = measured_tasks(folder)
+    evaluations = [_evaluation(task, metric, found) for _, task, found in tasks for metric in measured_metrics(task, found)]
     # A data set without an owner is a local one: the Hub could not link to it.
-    fields["datasets"] = sorted({task["dataset"] for task in described.values() if "/" in task["dataset"]})
+    fields["datasets"] = sorted({task["dataset"] for _, task, _ in tasks if "/" in task["dataset"]})
     if training := read_some("training", folder):
         fields["co2_eq_emissions"] = emissions(training)
     return f"---\n{ModelCardData(**fields, model_name=name, eval_results=evaluations).to_yaml()}\n---\n"

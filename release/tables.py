@@ -67,14 +67,18 @@ def points(difference: float) -> str:
 # The tasks
 
 
+def measured_tasks(folder: Path) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Returns of each task its name, what results/tasks.json says of it, and its result."""
+    tasks = read("tasks", folder).items()
+    return [(name, task, read(task.get("results", "release"), folder)["tasks"][name]) for name, task in tasks]
+
+
 def results_table(folder: Path) -> str:
     """Returns the test results, those of lower-cased texts where measured, and published figures."""
     header = ["task", "test set (texts)", "metric", "this model", "lower-cased", "published, for comparison"]
     rows = []
-    for key, task in read("tasks", folder).items():
-        name = task.get("results", "release")
-        found = read(name, folder)["tasks"][key]
-        lower = (read_some(f"{name}_lower", folder) or {"tasks": {}})["tasks"].get(key)
+    for key, task, found in measured_tasks(folder):
+        lower = (read_some(f"{task.get('results', 'release')}_lower", folder) or {"tasks": {}})["tasks"].get(key)
         split = "" if found["split"] == "test" else f", {found['split']} split"
         for metric in measured_metrics(task, found):
             others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in metric.get("published", []))
@@ -93,8 +97,8 @@ def measured_metrics(task: dict[str, Any], found: dict[str, Any]) -> list[dict[s
 def interval_table(folder: Path) -> str:
     """Returns each main metric with its 95 % interval, and the calibration error."""
     rows = []
-    for key, task in read("tasks", folder).items():
-        found, metric = read(task.get("results", "release"), folder)["tasks"][key], task["metrics"][0]
+    for _, task, found in measured_tasks(folder):
+        metric = task["metrics"][0]
         error = found["metrics"].get("calibration_error")
         shown = "" if error is None else f"{error:.3f}"
         rows.append([task["title"], task["dataset_name"], metric["name"], _with_interval(found, metric["key"]), shown])
@@ -104,9 +108,8 @@ def interval_table(folder: Path) -> str:
 def coverage_table(folder: Path) -> str | None:
     """Returns how accuracy rises as answers of low confidence are left out."""
     rows, shares = [], ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
-    for key, task in read("tasks", folder).items():
-        curve = read(task.get("results", "release"), folder)["tasks"][key].get("coverage")
-        if curve:
+    for _, task, found in measured_tasks(folder):
+        if curve := found.get("coverage"):
             cells = [f"{curve[x]['accuracy']:.3f} ({curve[x]['min_score']:.2f})" if x in curve else "" for x in shares]
             rows.append([task["title"], task["dataset_name"], *cells])
     return markdown(["task", "test set", *(f"{float(x):.0%}" for x in shares)], rows) if rows else None
@@ -115,19 +118,16 @@ def coverage_table(folder: Path) -> str | None:
 def domain_table(folder: Path) -> str | None:
     """Returns the main metric of each domain of the test sets that name domains."""
     rows = []
-    for key, task in read("tasks", folder).items():
+    for _, task, found in measured_tasks(folder):
         metric = task["metrics"][0]
-        for domain, found in read(task.get("results", "release"), folder)["tasks"][key].get("domains", {}).items():
-            if metric["key"] in found:
-                rows.append([task["title"], task["dataset_name"], domain, metric["name"], f"{found[metric['key']]:.3f}"])
+        for domain, scores in found.get("domains", {}).items():
+            if metric["key"] in scores:
+                rows.append([task["title"], task["dataset_name"], domain, metric["name"], f"{scores[metric['key']]:.3f}"])
     return markdown(["task", "test set", "domain", "metric", "value"], rows) if rows else None
 
 
-def rivals_table(folder: Path) -> str | None:
+def rivals_table(found: dict[str, Any]) -> str:
     """Returns this model beside spaCy's small pipeline and VADER on the same texts."""
-    found = read_some("rivals", folder)
-    if found is None:
-        return None
     rows = []
     for kind, metric in (("entities", "entity F1"), ("entities, lower case", "entity F1"), ("sentiment", "macro recall")):
         for name, scores in found.get(kind, {}).items():
@@ -143,13 +143,12 @@ def transfer_table(folder: Path) -> str | None:
     Raises:
         ValueError: A single-task run was measured on other rows.
     """
-    described, rows = read("tasks", folder), []
-    for name, task in described.items():
+    rows = []
+    for name, task, shared in measured_tasks(folder):
         file = f"single_{name.replace('/', '_')}"
         if (single := read_some(file, folder)) is None:
             continue
         alone, metric = single["tasks"][name], task["metrics"][0]
-        shared = read(task.get("results", "release"), folder)["tasks"][name]
         if (alone["split"], alone["sha256"]) != (shared["split"], shared["sha256"]):
             raise ValueError(
                 f"results/{file}.json was measured on {alone['rows']} rows ({alone['split']}) and "
@@ -207,22 +206,16 @@ def embedding_table(folder: Path, metrics: int | None = None) -> str | None:
 # Speed and size
 
 
-def speed_table(folder: Path) -> str | None:
+def speed_table(found: dict[str, Any]) -> str:
     """Returns how long one way of working takes beside another."""
-    found = read_some("benchmarks", folder)
-    if found is None:
-        return None
     rows = [
         [row["ratio"], f"**{row['median']:.2f}**", "{:.2f} to {:.2f}".format(*row["quartiles"])] for row in found["ratios"]
     ]
     return markdown([f"{found['texts']:,} texts, {found['tokens']:,} tokens", "ratio", "interquartile range"], rows)
 
 
-def backend_table(folder: Path) -> str | None:
+def backend_table(found: dict[str, Any]) -> str:
     """Returns what each task reaches on each backend."""
-    found = read_some("onnx", folder)
-    if found is None:
-        return None
     rows = []
     for name, task in found["tasks"].items():
         values = [f"{task[backend]:.3f}" for backend in ("torch", "onnx", "onnx-int8")]
@@ -230,11 +223,8 @@ def backend_table(folder: Path) -> str | None:
     return markdown(["task, validation split", "torch", "ONNX", "ONNX, int8", "int8 gives"], rows)
 
 
-def int8_table(folder: Path) -> str | None:
+def int8_table(found: dict[str, Any]) -> str:
     """Returns ways of running the model in 8 bits, beside float32 and with each text alone."""
-    found = read_some("int8", folder)
-    if found is None:
-        return None
     rows = []
     for name, way in found["ways"].items():
         near, alone = way["beside_float"], way["alone_beside_batch"]
@@ -246,11 +236,8 @@ def int8_table(folder: Path) -> str | None:
     return markdown([*head, "labels that differ, alone"], rows)
 
 
-def modes_table(folder: Path) -> str | None:
+def modes_table(found: dict[str, Any]) -> str:
     """Returns the speed, size and memory of each backend and each kind of output, and of what people would run instead."""
-    found = read_some("benchmarks", folder)
-    if found is None:
-        return None
     short = found["one_short_text_milliseconds"]
     rows = []
     for name, speed in found["texts_per_second"].items():
@@ -283,31 +270,23 @@ def specification_table(folder: Path) -> str | None:
         return None
     layers, branch, width = config["num_hidden_layers"], config.get("num_task_layers", 0), config["hidden_size"]
     heads = ", ".join(f"`{name}` ({_labels(task)})" for name, task in config["tasks"].items())
-    sizes = {name: (folder / name).stat().st_size / 1e6 for name in ("model.safetensors", "heads/model.safetensors")}
+    sizes = [(folder / name).stat().st_size / 1e6 for name in ("model.safetensors", "heads/model.safetensors")]
     window = json.loads((folder / "sentence_bert_config.json").read_text("utf-8"))["max_seq_length"]
     training = read_some("training", folder) or {}
     counts = [f"{training[key] / 1e6:.1f} M {what}" for key, what in _PARAMETERS.items() if key in training]
-    rows = [
-        ["parameters", ", ".join(counts)],
-        [
-            "embedding",
-            f"{width} dimensions (upstream's), or {config['embedding_dim']} with Matryoshka prefixes of 128 and 64; unit length",
-        ],
-        ["heads", heads],
-        ["maximum length", f"{window} tokens per window; the multitask pipeline reads longer texts in overlapping windows"],
-        ["forward pass", f"embedding alone, or labels and entities alone: {layers} layers; everything: {layers + branch}"],
-        [
-            "files",
-            "encoder {:.0f} MB (float32, upstream's own file), branch and heads {:.0f} MB (float16)".format(*sizes.values()),
-        ],
-        ["language", "English; the encoder is uncased, the branch sees casing"],
-        ["license", "Apache-2.0 for code and weights; commercial use allowed, see [training and data](#training-and-data)"],
-        [
-            "`trust_remote_code`",
-            "not needed for `SentenceTransformer` and plain `AutoModel`; needed for labels and entities",
-        ],
-    ]
-    return markdown(["", ""], [row for row in rows if row[1]])
+    rows = {
+        "parameters": ", ".join(counts),
+        "embedding": f"{width} dimensions (upstream's), or {config['embedding_dim']} with Matryoshka prefixes of 128 and 64; "
+        "unit length",
+        "heads": heads,
+        "maximum length": f"{window} tokens per window; the multitask pipeline reads longer texts in overlapping windows",
+        "forward pass": f"embedding alone, or labels and entities alone: {layers} layers; everything: {layers + branch}",
+        "files": "encoder {:.0f} MB (float32, upstream's own file), branch and heads {:.0f} MB (float16)".format(*sizes),
+        "language": "English; the encoder is uncased, the branch sees casing",
+        "license": "Apache-2.0 for code and weights; commercial use allowed, see [training and data](#training-and-data)",
+        "`trust_remote_code`": "not needed for `SentenceTransformer` and plain `AutoModel`; needed for labels and entities",
+    }
+    return markdown(["", ""], [[name, value] for name, value in rows.items() if value])
 
 
 _PARAMETERS = {"parameters": "in all", "trained": "of them trained (branch and heads)"}
@@ -370,13 +349,21 @@ def _quality_rows(rivals: dict[str, Any]) -> list[list[str]]:
 
 def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
     """Returns the rows of results/benchmarks.json: texts per second, and one short text."""
-    rows = [[row["title"], row["three"], f"**{row['one']}**"] for row in found.get("replaces", [])]
+    seconds = found.get("seconds", {})
     short = {name: times["median"] for name, times in found.get("one_short_text_milliseconds", {}).items()}
+    ours = [(title, f"everything, {backend}") for title, backend in (("PyTorch", "torch"), ("8 bits", "onnx-int8"))]
+    rows = []
+    if seconds.keys() >= set(THREE_MODELS):
+        rounds = zip(*(seconds[name] for name in THREE_MODELS), strict=True)
+        three = f"{found['texts'] / statistics.median(map(sum, rounds)):,.0f}"
+        rows += [
+            [f"texts per second, {title}", three, f"**{found['texts'] / statistics.median(seconds[name]):,.0f}**"]
+            for title, name in ours
+            if name in seconds
+        ]
     if short.keys() >= set(THREE_MODELS):
         three = f"{sum(short[name] for name in THREE_MODELS):.1f} ms"
-        for title, backend in (("PyTorch", "torch"), ("8 bits", "onnx-int8")):
-            if (name := f"everything, {backend}") in short:
-                rows.append([f"one short text, {title}", three, f"**{short[name]:.1f} ms**"])
+        rows += [[f"one short text, {title}", three, f"**{short[name]:.1f} ms**"] for title, name in ours if name in short]
     return rows
 
 
@@ -405,15 +392,12 @@ def emissions(training: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def training_text(folder: Path) -> str | None:
+def training_text(training: dict[str, Any]) -> str:
     """Returns the sentences on what the training took.
 
     results/training.json holds `seconds`, `steps`, `hardware_used`, and the two assumptions: `watts` with `watts_source` and
     `grams_per_kwh` with `grams_source`.
     """
-    training = read_some("training", folder)
-    if training is None:
-        return None
     hours = training["seconds"] / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     return (
@@ -423,11 +407,8 @@ def training_text(folder: Path) -> str | None:
     )
 
 
-def levers_tables(folder: Path) -> str | None:
+def levers_tables(found: dict[str, Any]) -> str:
     """Returns the first release's single runs, one table for each group of results/levers.json."""
-    found = read_some("levers", folder)
-    if found is None:
-        return None
     parts = []
     for group in found.values():
         columns = {key: OVERLAP if "neighbours" in key else title for key, title in group["columns"].items()}
@@ -436,25 +417,30 @@ def levers_tables(folder: Path) -> str | None:
     return "\n".join(parts)
 
 
+def _of(name: str, renderer: Callable[[dict[str, Any]], str]) -> Callable[[Path], str | None]:
+    """Returns a renderer of one result file."""
+    return lambda folder: None if (found := read_some(name, folder)) is None else renderer(found)
+
+
 RENDERERS: dict[str, Callable[[Path], str | None]] = {
-    "backends": backend_table,
+    "backends": _of("onnx", backend_table),
     "coverage": coverage_table,
     "data": data_table,
     "domains": domain_table,
     "embedding": lambda folder: embedding_table(folder, 1),
     "embedding-all": embedding_table,
     "files": files_table,
-    "int8": int8_table,
+    "int8": _of("int8", int8_table),
     "intervals": interval_table,
     "joint-training": transfer_table,
-    "levers": levers_tables,
+    "levers": _of("levers", levers_tables),
     "licenses": licenses_table,
     "replaces": replaces_table,
     "research": research_table,
     "results": results_table,
-    "modes": modes_table,
-    "rivals": rivals_table,
+    "modes": _of("benchmarks", modes_table),
+    "rivals": _of("rivals", rivals_table),
     "specification": specification_table,
-    "speed": speed_table,
-    "training": training_text,
+    "speed": _of("benchmarks", speed_table),
+    "training": _of("training", training_text),
 }
