@@ -17,13 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.data import DataError, has_split, load_task_split
 from common.recipe import Recipe, RecipeError
-from configuration_multitask import PROBLEM_TYPES
-from evaluation.evaluate import DEFAULT_RECIPE, check_splits, predict
+from evaluation.evaluate import DEFAULT_RECIPE, MULTI_LABEL, REGRESSION, check_splits, predict
 from learning_multitask import fit_temperature, fit_thresholds
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-
-REGRESSION = PROBLEM_TYPES[2]
 
 
 def calibrate(
@@ -52,7 +49,7 @@ def calibrate(
         logits = np.concatenate([x.logits for x in found]) * found[0].spec.temperature
         truth = np.concatenate([x.truth for x in found])
         fields: dict[str, Any] = {"temperature": fit_temperature(logits, truth)}
-        if found[0].spec.problem_type == PROBLEM_TYPES[1]:
+        if found[0].spec.problem_type == MULTI_LABEL:
             fields["thresholds"] = fit_thresholds(expit(logits / fields["temperature"]), truth)
         fitted[name] = fields
         model.config.set_tasks({**model.config.tasks, name: {**model.config.tasks[name], **fields}})

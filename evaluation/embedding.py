@@ -18,19 +18,15 @@ from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from common.files import environment_info
-from evaluation.metrics import ndcg, neighbour_overlap, ranked_documents, recall_at, similarity_metrics
+from common.files import environment_info, write_json
+from evaluation.metrics import ndcg, neighbour_overlap, ranked_documents, recall_at, similarity_metrics, unit
 
 NEIGHBOURS = 10
 NEIGHBOUR_SET = "wnut17"
 PAIR_SETS = ("stsb", "sick_r", "sts_unseen")
 RETRIEVAL_SETS = ("squad_sentences", "scifact")
 PROBE_SETS = ("clinc150", "hwu64")
-PROBE_ROWS, PROBE_DRAWS, PROBE_C = (
-    10,
-    5,
-    10.0,
-)  # training rows of each label; how often they are drawn; inverse regularization
+PROBE_ROWS, PROBE_DRAWS, PROBE_C = 10, 5, 10.0  # training rows of each label, how often drawn, inverse regularization
 ENCODED_TOGETHER = 1000  # texts in a file of the cache
 
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -159,11 +155,6 @@ def probe_measure(encode: Encode, folder: Path) -> Measure:
     return lambda view: {"accuracy": float(np.mean([accuracy(view, draw(seed)) for seed in range(PROBE_DRAWS)]))}
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Returns vectors, float [N, E], at unit length."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def distinct_texts(folder: Path, split: str) -> list[str]:
     """Returns the distinct texts of a split in their order; tokens are joined by spaces."""
     path = folder / f"{split}.parquet"
@@ -190,7 +181,7 @@ def main() -> None:
     found: dict[str, Any] = {"command": command, "rows_per_label": PROBE_ROWS, "draws": PROBE_DRAWS, "test": {}}
     for name, figures in measure_embedding(EncoderVectors(str(args.model), args.cache), args.data, views):
         found["test"][name] = figures
-        args.output.write_text(json.dumps({**found, **environment_info()}, indent=2) + "\n", "utf-8")
+        write_json(args.output, {**found, **environment_info()})
         print(name, json.dumps(figures))
 
 

@@ -39,7 +39,7 @@ from common.data import (
     unsaid_labels,
     word_tags,
 )
-from common.files import ROOT, environment_info
+from common.files import ROOT, environment_info, write_json
 from common.recipe import POSITIVE_PAIRS, REWRITES, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
 from configuration_multitask import PROBLEM_TYPES, TOKEN, TaskSpec
 from evaluation.metrics import (
@@ -92,7 +92,6 @@ def measure(
     reference: str | None = None,
     intervals: bool = False,
     limit: int | None = None,
-    plots: Path | None = None,
     form: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each task (each "<task>/<data set>" of one with several), `metrics` (name to value), `intervals` (name to [low, high]), of heads `coverage` and `domains`, and on what it was measured.
@@ -109,7 +108,6 @@ def measure(
         intervals: Whether to compute the 95 % bootstrap interval of every metric; if not, `intervals` is empty.
         limit: Maximum number of rows of each split, from its start.
         form: How the texts are rewritten first, see `REWRITES`; None: as they are.
-        plots: Folder to draw each classification head's confusion matrix and reliability diagram in.
 
     Raises:
         ValueError: The model lacks one of the tasks or one of their labels, or the data are not what the recipe says.
@@ -126,8 +124,6 @@ def measure(
             metrics, ranges = measure_head(predictions, intervals)
             kept = {} if predictions.spec.problem_type == REGRESSION else coverage(*predictions.answers()[:2])
             extra = {"coverage": kept, "domains": by_domain(predictions, data)}
-            if plots:
-                _draw(plots, key.replace("/", "_"), predictions)
         else:
             extra = {}
             metrics, ranges = measure_pairs(pipe, task, data, recipe.model.matryoshka_dims, reference, intervals)
@@ -353,17 +349,6 @@ def by_domain(predictions: Predictions, data: Dataset) -> dict[str, dict[str, fl
     return {name: measure_head(predictions.of_rows(kept), False)[0] for name, kept in sorted(rows.items())}
 
 
-def _draw(folder: Path, name: str, predictions: Predictions) -> None:
-    if predictions.spec.problem_type in (REGRESSION, MULTI_LABEL):
-        return
-    from evaluation.plots import confusion_matrix, reliability_diagram  # they need matplotlib
-
-    truth, predicted = predictions.truth, predictions.predicted
-    confusion_matrix(truth, predicted, predictions.spec.labels, name, folder / f"{name}_confusion.png")
-    confidence = predictions.probabilities.max(axis=1)
-    reliability_diagram(confidence, predicted == truth, name, folder / f"{name}_reliability.png")
-
-
 # What the embedding says
 
 
@@ -464,9 +449,7 @@ def check_splits(recipe: Recipe, split: str, neighbours: list[str] | None) -> No
     Raises:
         RecipeError: Some cannot be loaded; the message names them all.
     """
-    parts = {
-        name: task for name, task in recipe.parts.items() if task.splits.get(split, split)
-    }  # not what has no such split
+    parts = {name: task for name, task in recipe.parts.items() if task.splits.get(split, split)}  # None: no such split
     loaders = {f"tasks.{name}": partial(load_task_split, task, split) for name, task in parts.items()}
     if neighbours:
         loaders["--neighbours"] = partial(load_split, *neighbours[:2], neighbours[2:])
@@ -497,7 +480,6 @@ def parse_arguments() -> argparse.Namespace:
         "DATASET is a Hub id or a folder, with --data a folder in there",
     )
     parser.add_argument("--output", type=Path, help="where to write the results, for instance results/release.json")
-    parser.add_argument("--plots", type=Path, help="folder for a confusion matrix and a reliability diagram of each head")
     args = parser.parse_args()
     if args.neighbours and not args.reference:
         parser.error("--neighbours compares with the starting encoder: give --reference ENCODER too")
@@ -506,21 +488,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def command(args: argparse.Namespace) -> str:
     """Returns the command that gives these results, without what is particular to this machine."""
-    parts = ["python -m evaluation.evaluate MODEL"]
-    if args.recipe.resolve() != DEFAULT_RECIPE:
-        inside = args.recipe.resolve().is_relative_to(ROOT)
-        parts.append(f"--recipe {args.recipe.resolve().relative_to(ROOT) if inside else args.recipe.name}")
-    if args.only:
-        parts.append(f"--only {' '.join(args.only)}")
-    parts.append(f"--split {args.split}")
-    if args.rewrite:
-        parts.append(f"--rewrite {args.rewrite}")
-    if args.reference:
-        parts.append("--reference ENCODER")
-    if args.neighbours:
-        dataset, *place = args.neighbours
-        parts.append(" ".join(["--neighbours", public_name(dataset), *place]))
-    return " ".join(parts)
+    recipe, neighbours = args.recipe.resolve(), args.neighbours
+    options = {
+        "recipe": recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe.name,
+        "only": args.only and " ".join(args.only),
+        "split": args.split,
+        "rewrite": args.rewrite,
+        "reference": args.reference and "ENCODER",
+        "neighbours": neighbours and " ".join([public_name(neighbours[0]), *neighbours[1:]]),
+    }
+    if recipe == DEFAULT_RECIPE:
+        del options["recipe"]
+    given = [f"--{name} {value}" for name, value in options.items() if value]
+    return " ".join(["python -m evaluation.evaluate MODEL", *given])
 
 
 def main() -> None:
@@ -534,7 +514,7 @@ def main() -> None:
             recipe, public = recipe.only(*args.only), public.only(*args.only)
         check_splits(recipe, args.split, neighbours)
         pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
-        tasks = measure(pipe, recipe, args.split, args.reference, intervals=True, plots=args.plots, form=args.rewrite)
+        tasks = measure(pipe, recipe, args.split, args.reference, intervals=True, form=args.rewrite)
     except (RecipeError, DataError) as error:
         sys.exit(str(error))
     result = {
@@ -550,8 +530,7 @@ def main() -> None:
         if found:
             print(name, json.dumps(found["metrics"]))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.output, result)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def partner_is_nearest(anchors: np.ndarray, partners: np.ndarray, texts: Sequenc
         partners: float [N, E].
         texts: The partners' texts: the same text in another row is as good.
     """
-    nearest = (_unit(anchors) @ _unit(partners).T).argmax(axis=1)
+    nearest = (unit(anchors) @ unit(partners).T).argmax(axis=1)
     return np.array([texts[found] == texts[own] for own, found in enumerate(nearest)])
 
 
@@ -308,7 +308,7 @@ def ranked_documents(queries: np.ndarray, documents: np.ndarray, count: int) -> 
         documents: float [N, E]; if N is less than `count`, all are ranked.
         count: At least 1.
     """
-    similarity = _unit(queries) @ _unit(documents).T  # [Q, N]
+    similarity = unit(queries) @ unit(documents).T  # [Q, N]
     return np.argsort(-similarity, axis=1, kind="stable")[:, :count]
 
 
@@ -337,13 +337,13 @@ def recall_at(ranking: np.ndarray, gains: Sequence[Mapping[int, float]], count: 
 
 
 def _nearest(vectors: np.ndarray, count: int) -> np.ndarray:
-    unit = _unit(vectors)
-    similarity = unit @ unit.T  # [N, N]
+    similarity = unit(vectors) @ unit(vectors).T  # [N, N]
     np.fill_diagonal(similarity, -np.inf)
     return np.argpartition(-similarity, count, axis=1)[:, :count]
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Returns vectors, float [N, E], at unit length; a zero vector stays zero."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 

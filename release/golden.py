@@ -41,7 +41,8 @@ def answers(pipe: Any) -> list[dict[str, Any]]:
                 "text": text,
                 "sentence_embedding": [round(float(x), 5) for x in record["sentence_embedding"][:8]],
                 "labels": {
-                    name: _rounded(answer.get("scores") or answer["values"]) for name, answer in record["labels"].items()
+                    name: {label: round(score, 4) for label, score in (answer.get("scores") or answer["values"]).items()}
+                    for name, answer in record["labels"].items()
                 },
                 "entities": {
                     name: [
@@ -82,10 +83,6 @@ def _close(got: Any, wanted: Any, tolerance: float) -> bool:
     if isinstance(wanted, list):
         return len(got) == len(wanted) and all(_close(x, y, tolerance) for x, y in zip(got, wanted, strict=True))
     return abs(got - wanted) <= tolerance if isinstance(wanted, float) else got == wanted
-
-
-def _rounded(scores: dict[str, float]) -> dict[str, float]:
-    return {label: round(score, 4) for label, score in scores.items()}
 
 
 def main() -> None:

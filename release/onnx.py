@@ -7,8 +7,8 @@ Both give `last_hidden_state`, `sentence_embedding`, `encoder_embedding` and `lo
 `input_ids` and `attention_mask`; `token_type_ids` and `casing_ids`, where the model reads them, may be left out and are zero
 then. ONNX Runtime computes a whole graph whatever is asked of it, so a model with a task branch gets two more files beside
 each, `*_embedding.onnx` and `*_tasks.onnx`: graphs of the embeddings alone and of the logits alone, which read their weights
-from the file of the whole graph. The latter requires `casing_ids`, so that no consumer forgets it. With --data, both are measured on the tasks' data sets, into results/onnx.json. Axes: B
-batch, T tokens, N texts or tokens.
+from the file of the whole graph. The latter requires `casing_ids`, so that no consumer forgets it. With --data, both are measured on the data sets of
+release.toml, into results/onnx.json. Axes: B batch, T tokens, N texts or tokens.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, pipeline
 
-from common.files import ROOT
+from common.files import ROOT, environment_info, write_json
 from configuration_multitask import TaskSpec
 from modeling_multitask import MultiTaskModel, WeightsError
 from pipeline_multitask import (
@@ -44,13 +44,14 @@ from pipeline_multitask import (
     onnx_part,
     pad_windows,
 )
+from release.golden import SENTENCES
 from weights_multitask import sha256
 
 if TYPE_CHECKING:  # training and evaluation need more packages than the export
     from common.recipe import Recipe
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
+RECIPE = ROOT / "training/recipes/release.toml"
 EMBEDDINGS = ("last_hidden_state", "sentence_embedding", "encoder_embedding")
 SHARED_BYTES = 1024  # smaller weights are stored with each graph
 NARROWEST = 32  # matrices with fewer rows or columns, such as those of the labels, stay in float
@@ -58,16 +59,6 @@ ONNX_FLOAT, ONNX_UINT8 = 1, 2  # `onnx.TensorProto` types
 OPSET = 20  # the first in which Gelu is one operator, which is faster than its parts
 TOLERANCE = 1e-4
 VERIFIED_ROWS = 50  # of each column of texts of a data set
-SENTENCES = (
-    "Tim Cook opened Apple's new store in Paris on Monday. I love it!",
-    "so sad",
-    "",
-    "The U.S. embassy in Rome was closed; nobody said why, and it rained all day long, from Turin down to Naples.",
-    "WHY is @united always LATE??? #fail 😡",
-    "Real Madrid 3, Bayern München 1 (half-time 1-1)",
-    "Angela Merkel traf am Dienstag den französischen Präsidenten Emmanuel Macron in Straßburg.",
-    "2023-04-01: 17 of 25 shares fell, among them Microsoft, Shell and HSBC Holdings; oil rose by 2.5 %.",
-)
 
 
 class ExportError(Exception):
@@ -395,7 +386,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("repo", help="folder of a release, or its Hub id")
     parser.add_argument("--output", type=Path, help="folder to write to in place of REPO")
     parser.add_argument("--data", type=Path, help="folder with local copies of the data sets, to measure both files on them")
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="names tasks and data for --data")
     args = parser.parse_args()
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         parser.error(f"{' and '.join(missing)} must be installed: pip install {' '.join(PACKAGES)}")
@@ -414,7 +404,7 @@ def main() -> None:
         if args.data:
             from common.recipe import Recipe
 
-            recipe = Recipe.read(args.recipe, args.data)
+            recipe = Recipe.read(RECIPE, args.data)
             texts += validation_texts(recipe)
         result = {"texts": len(texts), **export(args.repo, output, texts)}
         result["bytes"] = {file: (output / file).stat().st_size for file in ONNX_FILES.values()}
@@ -424,13 +414,9 @@ def main() -> None:
         sys.exit(str(error))
     print(json.dumps(result, indent=2))
     if args.data:
-        from common.files import environment_info
-
-        other = "" if args.recipe.resolve() == DEFAULT_RECIPE else f" --recipe {args.recipe.name}"
-        result = {"command": f"python -m release.onnx MODEL --data DATA{other}", **result, **environment_info()}
+        result = {"command": "python -m release.onnx MODEL --data DATA", **result, **environment_info()}
         result["libraries"] |= {name: version(name) for name in PACKAGES}
-        (output / "results").mkdir(exist_ok=True)
-        (output / "results/onnx.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        write_json(output / "results/onnx.json", result)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import numpy as np
 from fastapi.responses import JSONResponse, Response
 from prometheus_fastapi_instrumentator import Instrumentator
 
+from common.files import ROOT
 from handler import MAX_CHARACTERS, EndpointHandler
-from release.export import ROOT
 
 BATCH_REQUESTS = 32
 BATCH_SECONDS = 0.002  # how long a request may wait for others to share its batch
