@@ -85,13 +85,7 @@ def three_passes(pipe: Any, texts: list[str]) -> Job:
     """Returns the work of an embedding, a sentiment and an entity model of this encoder's size, each by itself."""
     heads = sorted(pipe.model.config.task_specs.items(), key=lambda item: item[1].kind)
     singles = [heads[0][0], heads[-1][0]]  # one of texts, one of words: what a model for each alone would compute
-
-    def run() -> None:
-        pipe(texts, tasks=[])
-        for name in singles:
-            pipe(texts, tasks=[name], embedding=False)
-
-    return run
+    return lambda: [pipe(texts, tasks=[]), *(pipe(texts, tasks=[name], embedding=False) for name in singles)]
 
 
 def load_pipes(model: str) -> dict[str, Any]:

@@ -90,13 +90,6 @@ def sentence_transformers_files(config: MultiTaskConfig, max_length: int) -> dic
     return files
 
 
-def release_config(config: MultiTaskConfig) -> dict[str, Any]:
-    """Returns the content of `config.json`: stored weights may be float16, they load as float32."""
-    fields = config.to_diff_dict()
-    fields.pop("transformers_weights", None)
-    return {**fields, "dtype": "float32", "multitask_weights": WEIGHTS_INDEX}
-
-
 def export(
     checkpoint: str | Path, output: str | Path, encoder: str | Path | None = None, dtype: torch.dtype = torch.float16
 ) -> None:
@@ -152,7 +145,10 @@ def _write(
         },
         "weight_map": {name: file for file, tensors in sorted(files.items()) for name in sorted(tensors)},
     }
-    documents = {WEIGHTS_INDEX: index, "config.json": release_config(model.config)}
+    fields = model.config.to_diff_dict()
+    fields.pop("transformers_weights", None)
+    fields |= {"dtype": "float32", "multitask_weights": WEIGHTS_INDEX}  # float16 weights load as float32
+    documents = {WEIGHTS_INDEX: index, "config.json": fields}
     for path, content in {**documents, **sentence_transformers_files(model.config, max_length)}.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
