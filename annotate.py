@@ -16,14 +16,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from bulk.annotator import Annotator, Settings, annotate
 from bulk.parts import Output, to_json
 from bulk.run import Progress, annotate_file
-from bulk.sources import INPUT_FORMATS, ROWS, SUFFIXES, InputError, Source, chunks
+from bulk.sources import INPUT_FORMATS, ROWS, SUFFIXES, InputError, Row, Source, chunks
 
 COLOURS = {"PER": 35, "ORG": 36, "LOC": 32}  # ANSI; other entities are yellow, labels bold
 
@@ -205,41 +205,29 @@ def run(args: argparse.Namespace) -> int:
 
         folders = Folders(Path(args.input), args.output, args.input_format, args.text_column)
         return annotate_folder(folders, settings, args.num_workers, args.resume, Bar)
-    return _write_file(args, settings) if args.output else _print(args, settings)
+    source = Source(args.input, args.input_format, args.text_column) if args.input else None
+    rows = source.rows() if source else [(text, None) for text in args.texts]
+    return _write_file(args, settings, source, rows) if args.output else _print(args, settings, rows)
 
 
-def _source(args: argparse.Namespace) -> Source:
-    return Source(args.input, args.input_format, args.text_column)
-
-
-def _print(args: argparse.Namespace, settings: Settings) -> int:
+def _print(args: argparse.Namespace, settings: Settings, rows: Iterable[Row]) -> int:
     annotator = Annotator(settings)
-    rows = _source(args).rows() if args.input else ((text, None) for text in args.texts)
     results = (result for chunk in chunks(rows) for result in annotate(chunk, annotator))
-    failed = 0
-
-    def watched() -> Iterator[dict[str, Any]]:
-        nonlocal failed
-        for result in results:
-            failed += result["error"] is not None
-            yield result
-
-    if args.json or args.input:
+    as_json, failed = bool(args.json or args.input), 0
+    if as_json:
         sys.stdout.reconfigure(encoding="utf-8")
-        for result in watched():
-            sys.stdout.write(to_json(result) + "\n")
     else:
         sys.stdout.reconfigure(errors="replace")  # characters that the console cannot show become "?"
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print("\n\n".join(summary(result, colour) for result in watched()))
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for number, result in enumerate(results):
+        failed += result["error"] is not None
+        print(to_json(result) if as_json else "\n" * (number > 0) + summary(result, colour))
     return failed
 
 
-def _write_file(args: argparse.Namespace, settings: Settings) -> int:
-    source = _source(args) if args.input else None
+def _write_file(args: argparse.Namespace, settings: Settings, source: Source | None, rows: Iterable[Row]) -> int:
     identity = source.identity() if source else {}
     annotator = Annotator(settings.divided(args.num_workers))
-    rows = source.rows() if source else [(text, None) for text in args.texts]
     with Bar(identity.get(ROWS) if source else len(args.texts)) as bar:
         identity |= {**annotator.identity(), "--num-workers": args.num_workers}
         failed = annotate_file(rows, Output(args.output), annotator, identity, bar, args.resume, args.num_workers)
