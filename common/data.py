@@ -36,8 +36,7 @@ FILE_FORMATS = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}
 
 def load_task_split(task: TaskRecipe, split: str) -> Dataset:
     """Returns one split ("train", "validation" or "test") of a recipe task's data set, see `load_split`."""
-    columns = [*task.text_columns, *([] if task.label_column is None else [task.label_column])]
-    return load_split(task.dataset, task.splits.get(split, split), columns)
+    return load_split(task.dataset, task.splits.get(split, split), task.columns)
 
 
 def load_split(name_or_path: str, split: str, columns: Iterable[str]) -> Dataset:
@@ -111,7 +110,7 @@ def hub_source(name_or_path: str) -> dict[str, str]:
 
 def fingerprint(task: TaskRecipe, data: Dataset) -> str:
     """Returns a hash of the columns that a task reads, the same wherever the data set was loaded from."""
-    return hash_columns(data, [*task.text_columns, *([] if task.label_column is None else [task.label_column])])
+    return hash_columns(data, task.columns)
 
 
 def hash_columns(data: Dataset, columns: list[str]) -> str:
@@ -142,23 +141,20 @@ def task_labels(task: TaskRecipe, data: Dataset) -> list[str]:
     if task.labels is not None:
         return list(task.labels)
     if task.head.get("problem_type") == "regression":
-        return [str(task.label_column)]
-    return class_names(data, str(task.label_column))
+        return [task.label_column]
+    return class_names(data, task.label_column)
 
 
 def source_labels(task: TaskRecipe, data: Dataset, labels: list[str]) -> list[str]:
-    """Returns the data set's own label names in the order of its ids: those of the recipe, those that it declares, or
-    else the task's.
+    """Returns the data set's own label names in the order of its ids: those that it declares, or else the task's.
 
     Raises:
         DataError: There is a mapping, and nothing says what the data set's names are.
     """
-    if task.source_labels is not None:
-        return list(task.source_labels)
-    feature = data.features[str(task.label_column)]
+    feature = data.features[task.label_column]
     declared = getattr(getattr(feature, "feature", feature), "names", None)
     if task.mapping:
-        return class_names(data, str(task.label_column)) if not declared else list(declared)
+        return class_names(data, task.label_column) if not declared else list(declared)
     return list(declared) if declared and set(declared) <= set(labels) else labels
 
 
@@ -264,14 +260,14 @@ def make_examples(
 ) -> list[Example]:
     """Returns a split's examples, ready for `make_batch`.
 
-    An example holds `input_ids` (for pairs and triplets a list of them), `text` likewise, and `labels`: int for single
+    An example holds `input_ids` (for pairs a list of them), `text` likewise, and `labels`: int for single
     labels, float per label for multi-label and regression, int per token for tags, float for a pair's score. Single texts
     also have `casing_ids`, and rows of words `tagged`, their tokens and tags.
 
     Args:
         task: The task.
         data: Its split.
-        labels: Its label names; empty for pairs and triplets.
+        labels: Its label names; empty for pairs.
         tokenizer: A fast tokenizer; texts are cut to its `model_max_length`.
         where: Names data set and split in errors.
 
@@ -280,8 +276,7 @@ def make_examples(
     """
     if task.kind == TOKEN:
         return _token_examples(task, data, labels, tokenizer, where)
-    values = data[task.label_column] if task.label_column else [0.0] * len(data)
-    to_label = label_reader(task, data, labels, where)
+    to_label, values = label_reader(task, data, labels, where), data[task.label_column]
     found = [to_label(value, f"{where}, row {row}, column {task.label_column}") for row, value in enumerate(values)]
     columns = [_texts(data, column, where) for column in task.text_columns]
     if len(columns) == 1:
@@ -411,7 +406,7 @@ def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) 
     Raises:
         DataError: A row holds no tokens and tags of equal number, or an unknown tag; the message names it.
     """
-    column, source = str(task.label_column), source_labels(task, data, labels)
+    column, source = task.label_column, source_labels(task, data, labels)
     mapped = label_map(task, source, labels, where)
     rows = []
     for row, (tokens, tags) in enumerate(zip(data[task.text_columns[0]], data[column], strict=True)):
@@ -449,7 +444,7 @@ def cut_texts(examples: list[Example], max_length: int) -> int:
 
 
 def text_ids(example: Example) -> list[list[int]]:
-    """Returns the token ids of each text of an example: one, or those of a pair or a triplet."""
+    """Returns the token ids of each text of an example: one, or the two of a pair."""
     ids = example["input_ids"]
     return ids if isinstance(ids[0], list) else [ids]
 
@@ -468,7 +463,7 @@ def pad_batch(rows: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
 def make_batch(kinds: dict[str, str], examples: list[Example], pad_token_id: int) -> dict[str, Any]:
     """Returns examples as tensors: `input_ids`, `attention_mask`, for single texts `casing_ids`, and `labels` by task.
 
-    Pairs and triplets become one batch of texts: all first ones, then all second ones, and so on. With `target` vectors
+    Pairs become one batch of texts: all first ones, then all second ones. With `target` vectors
     in the examples, the batch holds them as float [texts, H].
 
     Args:

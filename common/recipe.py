@@ -12,11 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from configuration_multitask import KINDS, SEQUENCE, TOKEN, TaskSpec, check_task_name
+from configuration_multitask import TOKEN, TaskSpec, check_task_name
 
-SCORED_PAIRS, POSITIVE_PAIRS, TRIPLETS = "scored_pairs", "positive_pairs", "triplets"
-EMBEDDING_KINDS = (SCORED_PAIRS, POSITIVE_PAIRS, TRIPLETS)  # these train the embedding, and have no head
-TEXTS = {SEQUENCE: 1, TOKEN: 1, SCORED_PAIRS: 2, POSITIVE_PAIRS: 2, TRIPLETS: 3}  # text columns of each kind
+SCORED_PAIRS = "scored_pairs"  # the kind of task that trains the embedding, and has no head
 GRADIENT_SURGERY = "pcgrad"
 Rewrite = Literal["lower", "upper", "title", "bare"]  # how else a training text may be written
 REWRITES = typing.get_args(Rewrite)
@@ -71,7 +69,6 @@ class SourceRecipe:
     Attributes:
         folder: Name of the data set's local copy under the command line's --data.
         splits: The data set's own names of the splits "train", "validation" and "test", where they differ.
-        source_labels: Label names in the order of the data set's ids, if the data set does not declare them.
         mapping: The data set's label names (for entities: its types) to the task's; "" for rows that then have no label, or
             for types that are not entities. Left out: the names are the task's own. Where the column holds a list and the task
             one label, rows whose labels map to different ones have none.
@@ -85,7 +82,6 @@ class SourceRecipe:
 
     folder: str | None = None
     splits: dict[Literal["train", "validation", "test"], str] = Field(default_factory=dict)
-    source_labels: list[str] | None = None
     mapping: dict[str, str] = Field(default_factory=dict)
     unsaid: list[str] = Field(default_factory=list)
     limit: Count | None = None
@@ -107,11 +103,10 @@ class TaskRecipe(SourceRecipe):
     """One task: its data set and columns, how much of it is seen, and its loss.
 
     Attributes:
-        kind: A head's kind, or what trains the embedding: "scored_pairs" (ranks pairs by their scores, CoSENT),
-            "positive_pairs" or "triplets" (a text's partner among all partners of the batch).
+        kind: A head's kind, or "scored_pairs", which trains the embedding to rank pairs by their scores (CoSENT).
         dataset: Hub id, with its subset after a colon, or folder.
-        text_columns: The column of texts (or of tokens), or those of a pair or a triplet (anchor, positive, negative).
-        label_column: The column of labels, tags or scores; none for positive pairs and triplets.
+        text_columns: The column of texts (or of tokens), or the two of a pair.
+        label_column: The column of labels, tags or scores.
         labels: Label names in the order of the data set's ids, if the data set does not declare them.
         datasets: Several data sets in place of one, by name; the task then gives its `labels`, and none of the fields that
             say how one data set is read. A data set that several tasks share trains their heads together, in one pass over
@@ -126,10 +121,10 @@ class TaskRecipe(SourceRecipe):
         head: Further fields of the head's `TaskSpec`.
     """
 
-    kind: Literal["sequence_classification", "token_classification", "scored_pairs", "positive_pairs", "triplets"]
+    kind: Literal["sequence_classification", "token_classification", "scored_pairs"]
     dataset: str = ""
     text_columns: list[str] = Field(default_factory=list)
-    label_column: str | None = None
+    label_column: str = ""
     labels: list[str] | None = None
     datasets: dict[str, DatasetRecipe] = Field(default_factory=dict)
     rewrites: dict[Rewrite, Number] = Field(default_factory=dict)
@@ -152,7 +147,12 @@ class TaskRecipe(SourceRecipe):
     @property
     def has_head(self) -> bool:
         """Whether the task has a head, and does not train the embedding itself."""
-        return self.kind in KINDS
+        return self.kind != SCORED_PAIRS
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of its data set that are read."""
+        return [*self.text_columns, self.label_column]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -256,7 +256,6 @@ class RunRecipe:
         calibrate: Whether each head's temperature is fitted on the validation split at the end.
         precision: "float32", "bfloat16" or "float16" (the latter two by autocast).
         save_steps: Steps between checkpoints.
-        report_to: Where losses and metrics are reported besides the log: "none", "tensorboard" or "trackio".
     """
 
     seed: Seed = 13
@@ -265,7 +264,6 @@ class RunRecipe:
     calibrate: bool = True
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     save_steps: Count = 500
-    report_to: Literal["none", "tensorboard", "trackio"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -437,11 +435,10 @@ def _dataset_problems(task: TaskRecipe, data: Path | None) -> list[str]:
     if not task.dataset:
         return ["dataset is missing; name one, or several under `datasets`"]
     problems = []
-    if len(task.text_columns) != TEXTS[task.kind]:
-        problems.append(f"text_columns is {task.text_columns}; a {task.kind} task needs {TEXTS[task.kind]}")
-    if (task.label_column is None) == (task.kind in (*KINDS, SCORED_PAIRS)):
-        needs = "needs one" if task.label_column is None else "has none"
-        problems.append(f"label_column is {task.label_column!r}; a {task.kind} task {needs}")
+    if len(task.text_columns) != (needed := 1 if task.has_head else 2):
+        problems.append(f"text_columns is {task.text_columns}; a {task.kind} task needs {needed}")
+    if not task.label_column:
+        problems.append("label_column is missing; name the column of labels, tags or scores")
     if data is not None and task.folder is None:
         problems.append("folder is missing; --data needs to know the name of the data set's folder")
     if task.passage_rows > 1 and task.kind != TOKEN:
@@ -450,7 +447,7 @@ def _dataset_problems(task: TaskRecipe, data: Path | None) -> list[str]:
 
 
 def _datasets_problems(task: TaskRecipe, data: Path | None) -> list[str]:
-    single = ("dataset", "text_columns", "label_column", "folder", "splits", "source_labels", "mapping", "unsaid", "limit")
+    single = ("dataset", "text_columns", "label_column", "folder", "splits", "mapping", "unsaid", "limit")
     problems = [f"{key} is given beside datasets; give it for each data set" for key in single if getattr(task, key)]
     if not task.has_head:
         problems.append(f"datasets is given; a {task.kind} task has a single data set")

@@ -40,7 +40,7 @@ from common.data import (
     word_tags,
 )
 from common.files import ROOT, environment_info, write_json
-from common.recipe import POSITIVE_PAIRS, REWRITES, SCORED_PAIRS, Recipe, RecipeError, TaskRecipe
+from common.recipe import REWRITES, Recipe, RecipeError, TaskRecipe
 from configuration_multitask import PROBLEM_TYPES, TOKEN, TaskSpec
 from evaluation.metrics import (
     Intervals,
@@ -58,7 +58,6 @@ from evaluation.metrics import (
     multi_label_intervals,
     multi_label_metrics,
     neighbours_shared,
-    partner_is_nearest,
     rank_correlation_intervals,
     regression_intervals,
     regression_metrics,
@@ -78,7 +77,6 @@ from pipeline_multitask import (
 
 DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
 NEIGHBOURS = 10
-RANKED_ROWS = 1000  # positive pairs: each anchor is ranked against the partners of this many rows
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES
 LESS_IS_BETTER = ("mean_absolute_error", "calibration_error")
 
@@ -118,7 +116,8 @@ def measure(
         if not has_split(task, split):
             continue
         name = key.partition("/")[0]
-        data = _first_rows(task, load_task_split(task, split), limit)
+        data = load_task_split(task, split)
+        data = data.select(range(min(limit or len(data), len(data))))
         if task.has_head:
             predictions = predict(pipe, name, task, data, form)
             metrics, ranges = measure_head(predictions, intervals)
@@ -144,9 +143,7 @@ def main_metric(task: TaskRecipe) -> str:
         return task.metric
     if task.kind == TOKEN:
         return "f1"
-    if task.has_head:
-        return "spearman" if task.head.get("problem_type") == REGRESSION else "macro_f1"
-    return "spearman" if task.kind == SCORED_PAIRS else "accuracy"
+    return "macro_f1" if task.has_head and task.head.get("problem_type") != REGRESSION else "spearman"
 
 
 def average(results: dict[str, dict[str, Any]], recipe: Recipe) -> float:
@@ -374,26 +371,13 @@ def embed(pipe: Any, texts: list[str], matryoshka_dims: list[int], reference: st
 def measure_pairs(
     pipe: Any, task: TaskRecipe, data: Dataset, matryoshka_dims: list[int], reference: str | None, intervals: bool
 ) -> Measures:
-    """Returns how well each of the vectors of `embed` ranks pairs or triplets, and with `reference` also `drift`.
-
-    Scored pairs give `spearman`. Positive pairs give `accuracy`, the share of first texts whose partner is the nearest
-    of all partners; triplets the share whose positive is nearer than their negative.
-    """
+    """Returns Spearman's correlation of pairs' scores with each of the vectors of `embed`, and with `reference` also `drift`."""
     texts = [text for column in task.text_columns for text in data[column]]
     views = embed(pipe, texts, matryoshka_dims, reference)
-    sides = {suffix: np.split(view, len(task.text_columns)) for suffix, view in views.items()}
-    if task.kind == SCORED_PAIRS:
-        scores = list(data[task.label_column])
-        metrics = {f"spearman{suffix}": similarity_metrics(*pair, scores) for suffix, pair in sides.items()}
-        values = {f"spearman{suffix}": cosines(*pair) for suffix, pair in sides.items()}
-        ranges = rank_correlation_intervals(values, scores) if intervals else {}
-    elif task.kind == POSITIVE_PAIRS:
-        partners = texts[len(data) :]
-        values = {f"accuracy{suffix}": partner_is_nearest(*pair, partners) for suffix, pair in sides.items()}
-        metrics, ranges = _means(values, intervals)
-    else:
-        values = {f"accuracy{suffix}": cosines(x, near) > cosines(x, far) for suffix, (x, near, far) in sides.items()}
-        metrics, ranges = _means(values, intervals)
+    pairs, scores = {f"spearman{suffix}": np.split(view, 2) for suffix, view in views.items()}, list(data[task.label_column])
+    metrics = {name: similarity_metrics(*pair, scores) for name, pair in pairs.items()}
+    values = {name: cosines(*pair) for name, pair in pairs.items()}
+    ranges = rank_correlation_intervals(values, scores) if intervals else {}
     moved = drift(texts, views, intervals) if reference else ({}, {})
     return {**metrics, **moved[0]}, {**ranges, **moved[1]}
 
@@ -415,10 +399,6 @@ def drift(texts: list[str], views: dict[str, np.ndarray], intervals: bool) -> Me
         f"neighbours_at_{NEIGHBOURS}": neighbours_shared(before, embeddings, NEIGHBOURS),
         f"neighbours_at_{NEIGHBOURS}_raw": neighbours_shared(before, now, NEIGHBOURS),
     }
-    return _means(values, intervals)
-
-
-def _means(values: dict[str, np.ndarray], intervals: bool) -> Measures:
     return {name: float(value.mean()) for name, value in values.items()}, mean_intervals(values) if intervals else {}
 
 
@@ -436,11 +416,6 @@ def measure_drift(pipe: Any, dataset: str, split: str, column: str, reference: s
 
 
 # Data, and the command line
-
-
-def _first_rows(task: TaskRecipe, data: Dataset, limit: int | None) -> Dataset:
-    limits = [len(data), limit, RANKED_ROWS if task.kind == POSITIVE_PAIRS else None]
-    return data.select(range(min(x for x in limits if x is not None)))
 
 
 def check_splits(recipe: Recipe, split: str, neighbours: list[str] | None) -> None:

@@ -266,18 +266,6 @@ def rank_correlation_intervals(values: Scores, scores: Sequence[float]) -> Inter
     return bootstrap(len(gold), correlations)
 
 
-def partner_is_nearest(anchors: np.ndarray, partners: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """Returns whether each anchor's nearest partner, by cosine similarity, is its own, bool [N].
-
-    Args:
-        anchors: float [N, E].
-        partners: float [N, E].
-        texts: The partners' texts: the same text in another row is as good.
-    """
-    nearest = (unit(anchors) @ unit(partners).T).argmax(axis=1)
-    return np.array([texts[found] == texts[own] for own, found in enumerate(nearest)])
-
-
 def neighbours_shared(before: np.ndarray, after: np.ndarray, count: int) -> np.ndarray:
     """Returns which share of each text's nearest neighbours before is among its nearest after, float [N] in [0, 1].
 

@@ -88,8 +88,8 @@ def token(**fields) -> TaskRecipe:
     )
 
 
-def pairs(kind: str = "scored_pairs", **fields) -> TaskRecipe:
-    return TaskRecipe(**{"kind": kind, "dataset": "d", "text_columns": ["a", "b"], "label_column": "y", **fields})
+def pairs() -> TaskRecipe:
+    return TaskRecipe(kind="scored_pairs", dataset="d", text_columns=["a", "b"], label_column="y")
 
 
 def make(task: TaskRecipe, labels: list[str], **columns):

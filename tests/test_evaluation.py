@@ -91,12 +91,9 @@ def test_entities_by_type_by_hand():
     assert metrics.entity_metrics([["O"], []], [["O"], []]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
 
 
-def test_partners_and_neighbours_by_hand():
-    anchors, partners = np.eye(3), np.array([[1.0, 0, 0], [0, 0, 1], [0, 0.2, 1]])
-    assert metrics.partner_is_nearest(anchors, partners, ["a", "b", "c"]).tolist() == [True, False, False]
-    assert metrics.partner_is_nearest(anchors, partners, ["a", "c", "c"]).tolist() == [True, True, True]
+def test_too_few_texts_have_no_neighbours():
     with pytest.raises(ValueError, match="3 distinct texts are too few to compare 3 neighbours; give more rows"):
-        metrics.neighbours_shared(anchors, partners, 3)
+        metrics.neighbours_shared(np.eye(3), np.eye(3), 3)
 
 
 def test_words_get_the_tag_of_their_token():
@@ -125,7 +122,7 @@ def test_main_metrics_and_their_average():
     assert evaluate.main_metric(task(metric="accuracy")) == "accuracy"
     assert evaluate.main_metric(task(head={"problem_type": "multi_label_classification"})) == "macro_f1"
     assert evaluate.main_metric(task(head={"problem_type": "regression"})) == "spearman"
-    kinds = {"token_classification": "f1", "scored_pairs": "spearman", "positive_pairs": "accuracy", "triplets": "accuracy"}
+    kinds = {"token_classification": "f1", "scored_pairs": "spearman"}
     assert {kind: evaluate.main_metric(task(kind)) for kind in kinds} == kinds
     with pytest.raises(ValueError, match="metric is 'mean_absolute_error', for which lower is better"):
         evaluate.main_metric(task(metric="mean_absolute_error"))
@@ -148,16 +145,16 @@ def test_main_metrics_and_their_average():
         evaluate.average({"two": {"metrics": {"spearman": 0.0}}}, recipe)
 
 
-def test_splits_and_rows_that_are_measured(tmp_path, monkeypatch):
+def test_splits_that_are_measured(tmp_path):
     (tmp_path / "one.csv").write_text("x,y\na,b\n")
-    file = {"kind": "positive_pairs", "dataset": str(tmp_path / "one.csv"), "text_columns": ["x", "y"]}
+    file = {
+        "kind": "sequence_classification",
+        "dataset": str(tmp_path / "one.csv"),
+        "text_columns": ["x"],
+        "label_column": "y",
+    }
     assert has_split(TaskRecipe(**file), "train") and not has_split(TaskRecipe(**file), "validation")
     assert has_split(TaskRecipe(**file, splits={"validation": "train"}), "validation")
-    monkeypatch.setattr(evaluate, "RANKED_ROWS", 4)
-    rows = Dataset.from_dict({"x": list("abcdef")})
-    counts = {(kind, limit): len(evaluate._first_rows(task(kind), rows, limit))
-              for kind in ("positive_pairs", "triplets") for limit in (None, 3, 9)}  # fmt: skip
-    assert list(counts.values()) == [4, 3, 4, 6, 3, 6]
     assert evaluate.public_name(str(tmp_path)) == tmp_path.name and evaluate.public_name("org/set:part") == "org/set:part"
 
 
@@ -318,23 +315,20 @@ def data_sets():
         "ner": tagged_set(TASKS["ner"]["labels"], [[1, 2, 0, 0, 3], [3, 0], [0], [0, None]]),
         "pos": tagged_set(TASKS["pos"]["labels"], [[0, 0, 1, 2, 0], [0, 2], [1], [2, 2]]),
         "similarity": Dataset.from_dict({"a": first, "b": second, "score": [0.9, 0.8, 0.7, 0.6, 0.5, 0.1]}),
-        "retrieval": Dataset.from_dict({"a": first, "b": first[:5] + second[5:]}),
-        "triples": Dataset.from_dict({"a": first, "b": second, "c": second[::-1]}),
     }
 
 
 def recipe_text(data):
     """Returns a recipe of all those data sets, which lie in the folder `data`."""
-    kinds = {"similarity": "scored_pairs", "retrieval": "positive_pairs", "triples": "triplets"}
-    columns = {"sequence_classification": ["text"], "token_classification": ["tokens"], "triplets": ["a", "b", "c"]}
+    columns = {"sequence_classification": ["text"], "token_classification": ["tokens"], "scored_pairs": ["a", "b"]}
     lines = ['[model]\nencoder = "e"\nmax_length = 32\nmatryoshka_dims = [4]\n[optimizer]\nlearning_rate = 1e-4']
     for name in data_sets():
         spec = TASKS.get(name, {})
-        kind = kinds.get(name) or spec["kind"]
+        kind = spec.get("kind", "scored_pairs")
         lines += [f"[tasks.{name}]", f'kind = "{kind}"', f'dataset = "{data / name}"', f'folder = "{name}"']
-        lines.append(f"text_columns = {columns.get(kind, ['a', 'b'])}")
-        label = {"token_classification": "tags", "sequence_classification": "label", "scored_pairs": "score"}.get(kind)
-        lines += [f'label_column = "{label}"'] if label else []
+        lines.append(f"text_columns = {columns[kind]}")
+        label = {"token_classification": "tags", "sequence_classification": "label", "scored_pairs": "score"}[kind]
+        lines.append(f'label_column = "{label}"')
         lines += [f'head = {{problem_type = "{spec["problem_type"]}"}}'] if "problem_type" in spec else []
         lines += ['labels = ["stars"]'] if name == "rating" else []
     return "\n".join(lines)
@@ -383,8 +377,6 @@ def test_the_command_measures_everything(release, data, tmp_path, monkeypatch, f
     assert found["tasks"]["sentiment"]["coverage"]["1.0"]["accuracy"] == pytest.approx(tasks["sentiment"]["accuracy"])
     assert set(tasks["rating"]) == {"spearman", "pearson", "mean_absolute_error"}
     assert {"spearman", "spearman_raw", "spearman_4", "spearman_reference"} <= set(tasks["similarity"])
-    assert {"accuracy", "accuracy_raw", "accuracy_4"} <= set(tasks["retrieval"]) and set(tasks["triples"]) >= {"accuracy"}
-    assert tasks["retrieval"]["accuracy_raw"] >= 5 / 6, "a text is nearest to itself"
     assert tasks["similarity"]["cosine_raw"] == pytest.approx(1), "the reference is the model's own encoder"
     drift = found["drift"]
     assert drift["metrics"]["neighbours_at_2_raw"] == 1.0 >= drift["metrics"]["neighbours_at_2"]

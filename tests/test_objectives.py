@@ -94,22 +94,11 @@ def test_labels_are_counted_per_kind():
     assert label_counts(MULTI, [[1.0, 0.0], [1.0, 1.0], [-100.0, -100.0]]).tolist() == [2, 1]
 
 
-def test_pairs_and_triplets_are_ranked():
-    near = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    good, bad = torch.cat([near, near]), torch.cat([near, near.flip(0)])
-    for kind, labels in (("positive_pairs", torch.zeros(2)), ("scored_pairs", torch.tensor([1.0, 0.0]))):
-        second = torch.cat([near, torch.tensor([[1.0, 0.1], [1.0, 0.0]])]) if kind == "scored_pairs" else good
-        assert embedding_loss(kind, [second], labels) < embedding_loss(kind, [bad], labels)
-    assert embedding_loss("triplets", [torch.cat([near, near, near.flip(0)])], torch.zeros(2)) < embedding_loss(
-        "triplets", [torch.cat([near, near.flip(0), near])], torch.zeros(2)
-    )
-
-
 def test_scored_pairs_are_sentence_transformers_cosent():
     views, scores = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.9, 0.4, 0.6])
     cosines = torch.nn.functional.cosine_similarity(views[:4], views[4:])
     terms = [math.exp(20 * (cosines[i] - cosines[j])) for i in range(4) for j in range(4) if scores[i] < scores[j]]
-    assert embedding_loss("scored_pairs", [views], scores).item() == pytest.approx(math.log(1 + sum(terms)), rel=1e-5)
+    assert embedding_loss([views], scores).item() == pytest.approx(math.log(1 + sum(terms)), rel=1e-5)
 
 
 def test_an_unmoved_embedding_costs_nothing_and_a_moved_one_does():

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,9 +46,7 @@ def split(name: str) -> Dataset:
         ["love", "so sad", "Rome", "tim", "a", "b", "x", "y"],
         ["love it", "Paris", "Rome", "cook", "c", "b", "x", "z"],
     )
-    if name == "pairs":
-        return Dataset.from_dict({"a": first, "b": second, "score": [0.8, 0.1, 1.0, 0.2, 0.0, 1.0, 1.0, 0.1]})
-    return Dataset.from_dict({"a": first, "p": [x + "!" for x in first], "n": first[1:] + first[:1]})  # triplets
+    return Dataset.from_dict({"a": first, "b": second, "score": [0.8, 0.1, 1.0, 0.2, 0.0, 1.0, 1.0, 0.1]})  # pairs
 
 
 KINDS = {
@@ -60,7 +57,6 @@ KINDS = {
     "ner": 'kind = "token_classification"\ntext_columns = ["tokens"]\nlabel_column = "tags"\npassage_rows = 2\n'
     "head = {casing_dim = 4, hidden_dim = 16}",
     "pairs": 'kind = "scored_pairs"\ntext_columns = ["a", "b"]\nlabel_column = "score"',
-    "triplets": 'kind = "triplets"\ntext_columns = ["a", "p", "n"]',
 }
 
 
@@ -127,10 +123,8 @@ def test_eight_examples_of_every_kind_are_learned_by_one_model(workshop):
     assert all(abs(x["labels"]["rating"]["values"]["stars"] - y) < 1.5 for x, y in zip(records, [5, 0] * 4, strict=True))
     entities = pipe("Tim is in Rome")["entities"]["ner"]
     assert [(x["word"], x["entity_group"]) for x in entities] == [("Tim", "PER"), ("Rome", "LOC")]
-    love, love_it, sad, paris, good, other = (
-        pipe(x)["sentence_embedding"] for x in ("love", "love it", "so sad", "Paris", "so sad!", "Rome")
-    )
-    assert love @ love_it > sad @ paris and sad @ good > sad @ other
+    love, love_it, sad, paris = (pipe(x)["sentence_embedding"] for x in ("love", "love it", "so sad", "Paris"))
+    assert love @ love_it > sad @ paris
     assert list(model.config.tasks) == ["mood", "topics", "rating", "ner"]
 
 
@@ -305,14 +299,6 @@ def test_the_run_folder_says_what_was_run(workshop):
     logged = json.loads((output / "history.json").read_text())
     assert sum("eval_average" in x for x in logged) == 2 and any("loss_ner" in x for x in logged)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_can_be_watched_in_tensorboard(workshop):
-    _, output = workshop.train("mood", settings=("run.report_to=tensorboard",))
-    assert [x for x in output.rglob("events.out.tfevents*") if x.stat().st_size > 100]
-    if find_spec("trackio") is None:
-        with pytest.raises(RecipeError, match="run.report_to is 'trackio', which is not installed: pip install trackio"):
-            workshop.train("mood", settings=("run.report_to=trackio",))
 
 
 @pytest.mark.parametrize("adapters", [0, 2])

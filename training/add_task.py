@@ -36,8 +36,8 @@ from weights_multitask import WeightsError
 
 Rows = tuple[list[Any], list[Any]]  # texts and their labels
 USED = {
-    "kind", "dataset", "text_columns", "label_column", "folder", "splits", "labels", "source_labels", "mapping", "datasets",
-    "limit", "epochs", "head", "metric", "batch_size",
+    "kind", "dataset", "text_columns", "label_column", "folder", "splits", "labels", "mapping", "datasets", "limit",
+    "epochs", "head", "metric", "batch_size",
 }  # fmt: skip
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from torch import Tensor, nn
 
 from common.data import fold_unsaid, unsaid_labels
-from common.recipe import EMBEDDING_KINDS, SCORED_PAIRS, LossesRecipe, TaskRecipe
+from common.recipe import LossesRecipe, TaskRecipe
 from configuration_multitask import TaskSpec
 from modeling_multitask import IGNORE_INDEX, MultiTaskOutput, pool, task_loss
 from training.sampler import Stream
@@ -72,17 +72,15 @@ def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: Ta
     return losses.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
 
 
-def embedding_loss(kind: str, views: list[Tensor], labels: Tensor) -> Tensor:
-    """Returns the mean over several views of the same texts of the loss of pairs or triplets.
+def embedding_loss(views: list[Tensor], scores: Tensor) -> Tensor:
+    """Returns the mean over several views of the same texts of the pairs' CoSENT loss.
 
     Args:
-        kind: "scored_pairs" (CoSENT), "positive_pairs" or "triplets" (multiple negatives ranking).
-        views: Vectors float [texts, D], all first texts, then all second ones, and so on.
-        labels: float [B], the pairs' scores.
+        views: Vectors float [2 B, D], all first texts, then all second ones.
+        scores: float [B].
     """
-    loss = CoSENTLoss(model=None) if kind == SCORED_PAIRS else MultipleNegativesRankingLoss(model=None)
-    sides = len(views[0]) // len(labels)
-    return torch.stack([loss.compute_loss_from_embeddings(list(view.chunk(sides)), labels) for view in views]).mean()
+    loss = CoSENTLoss(model=None)
+    return torch.stack([loss.compute_loss_from_embeddings(list(view.chunk(2)), scores) for view in views]).mean()
 
 
 def preserve_loss(pooled: Tensor, embedding: Tensor, target: Tensor, mode: str) -> Tensor:
@@ -168,7 +166,7 @@ class Objective:
         if "casing_ids" in batch and model.training:
             shown = torch.rand(len(batch["casing_ids"]), 1, device=batch["casing_ids"].device) >= CASING_DROPOUT
             batch["casing_ids"] = batch["casing_ids"] * shown
-        trains_embedding = target is not None or any(x.kind in EMBEDDING_KINDS for x in tasks.values())
+        trains_embedding = target is not None or not all(x.has_head for x in tasks.values())
         out = model(**batch, tasks=[name for name in labels if name in specs], output_embedding=trains_embedding)
         pooled = pool(out.last_hidden_state, batch["attention_mask"], pooling_mode) if trains_embedding else None
         found = {name: self._task_loss(name, tasks[name], specs.get(name), out, pooled, y) for name, y in labels.items()}
@@ -185,7 +183,7 @@ class Objective:
         if spec is None:
             # The encoder's own vector too: with a free projection alone it would have no reason to be good.
             views = [pooled, out.sentence_embedding, *(out.sentence_embedding[:, :dim] for dim in self.matryoshka_dims)]
-            return embedding_loss(task.kind, views, labels)
+            return embedding_loss(views, labels)
         weights = self.weights.get(name)
         return classification_loss(
             spec, out.logits[name], labels, task, None if weights is None else weights.to(labels.device)

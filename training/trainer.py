@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import chain
 from math import ceil
 from pathlib import Path
@@ -243,7 +242,7 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
     """Returns the Trainer's settings for a run of this many steps.
 
     Raises:
-        RecipeError: The batches of a step do not divide among the processes, or a package is not installed.
+        RecipeError: The batches of a step do not divide among the processes, or losses are weighted in several.
     """
     run, sampling = recipe.run, recipe.sampling
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -254,8 +253,6 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         )
     if processes > 1 and recipe.losses.weighting != "fixed":
         raise RecipeError(f"losses.weighting is {recipe.losses.weighting!r}; it works in one process only")
-    if run.report_to != "none" and find_spec(run.report_to) is None:
-        raise RecipeError(f"run.report_to is {run.report_to!r}, which is not installed: pip install {run.report_to}")
     every = ceil(steps / run.evaluations) if run.evaluations else None
     args = TrainingArguments(
         output_dir=str(output),
@@ -280,7 +277,7 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=True,  # a batch trains its own task's head alone
-        report_to=run.report_to,
+        report_to="none",
         disable_tqdm=False,
     )
     args._n_gpu = min(1, args.n_gpu)  # several GPUs are torchrun's: DataParallel would take several batches for one
