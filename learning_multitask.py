@@ -301,23 +301,21 @@ def score(kind: str, truth: list[Any], answers: list[Any]) -> Report:
     That is accuracy, macro F1 over the labels that occur, R², or strict F1 of entities: both ends and the type are right.
     """
     if kind == NUMBER:
-        expected, found = np.array(truth, dtype=float), np.array(answers, dtype=float)
-        errors, spread = ((found - expected) ** 2).sum(), ((expected - expected.mean()) ** 2).sum()
+        expected = np.array(truth, dtype=float)
+        errors, spread = ((answers - expected) ** 2).sum(), ((expected - expected.mean()) ** 2).sum()
         return {"metric": "r2", "score": float(1 - errors / max(spread, 1e-12))}
     pairs = list(zip(truth, answers, strict=True))
     if kind == LABEL:
-        right = sum(x == answer for x, answer in pairs) / max(1, len(pairs))
-        return {"metric": "accuracy", "score": right, "confusions": _most(pair for pair in pairs if pair[0] != pair[1])}
-    counts: Counter = Counter()
+        wrong = [pair for pair in pairs if pair[0] != pair[1]]
+        right = (len(pairs) - len(wrong)) / max(1, len(pairs))
+        return {"metric": "accuracy", "score": right, "confusions": _most(wrong)}
+    group = str if kind == LABELS else lambda entity: ""  # each label has an F1, all entities share one
+    said, hits = Counter(), Counter()
     for gold, found in pairs:
-        for label in gold:
-            counts[label if kind == LABELS else "", "all"] += 1
-        for label in found:
-            key = label if kind == LABELS else ""
-            counts[key, "all"] += 1
-            counts[key, "right"] += 2 * (label in gold)
-    occurs = {label for gold in truth for label in gold} if kind == LABELS else {""}
-    f1 = sum(counts[label, "right"] / max(1, counts[label, "all"]) for label in occurs) / max(1, len(occurs))
+        said.update(map(group, [*gold, *found]))
+        hits.update(group(x) for x in found if x in gold)
+    occurs = {group(x) for gold in truth for x in gold} or {""}
+    f1 = sum(2 * hits[x] / max(1, said[x]) for x in occurs) / len(occurs)
     if kind == LABELS:
         return {"metric": "macro_f1", "score": f1}
     overlaps = (
@@ -422,37 +420,39 @@ def learn_texts(
     targets = (targets - middle) / spread if kind == NUMBER else targets
     start = [inputs.new_zeros(len(examples.labels), inputs.shape[1]), inputs.new_zeros(len(examples.labels))]
     strength, logits, out = choose(kind, inputs, rows, targets, start, held_out(examples, seed), progress)
-    report = {"held_out": len(out), "regularization": strength}
-    fields = {} if kind == NUMBER or not len(out) else {"temperature": fit_temperature(logits, targets[out].numpy())}
-    if kind == LABELS and len(out):
-        probabilities = 1 / (1 + np.exp(-logits / fields["temperature"]))
-        fields["thresholds"] = fit_thresholds(probabilities, targets[out].numpy())
-    answers = _answers(examples, logits * float(spread) + float(middle), fields, targets[out].numpy())
-    report |= score(kind, [examples.targets[i] for i in out], answers) if len(out) else {"score": None}
+    fields: dict[str, Any] = {}
+    report: Report = {"score": None, "held_out": len(out), "regularization": strength}
+    if len(out):
+        fields, answers = calibrate(examples, logits * float(spread) + float(middle), targets[out].numpy())
+        report |= score(kind, [examples.targets[i] for i in out], answers)
     weight, bias = fit_linear(kind, inputs[rows], targets, strength, start)
     weight = weight / scale * spread
     return {"weight": weight, "bias": bias * spread + middle - weight @ center}, fields, report
 
 
-def _answers(examples: Examples, logits: np.ndarray, fields: dict[str, Any], truth: np.ndarray) -> list[Any]:
-    """Returns what a text head answers; with thresholds that are fitted on one half of the rows and used on the other."""
+def calibrate(examples: Examples, logits: np.ndarray, truth: np.ndarray) -> tuple[dict[str, Any], list[Any]]:
+    """Returns the spec's fields that rows held out decide, and what is answered for these rows.
+
+    For the answers, the thresholds of each half of the rows are fitted on the other half.
+    """
     names = np.array(examples.labels)
     if examples.kind == NUMBER:
-        return logits[:, 0].tolist()
+        return {}, logits[:, 0].tolist()
+    temperature = fit_temperature(logits, truth)
     if examples.kind == LABEL:
-        return names[logits.argmax(axis=1)].tolist() if len(logits) else []
-    probabilities, half = 1 / (1 + np.exp(-logits / fields.get("temperature", 1.0))), np.arange(len(logits)) % 2 == 0
+        return {"temperature": temperature}, names[logits.argmax(axis=1)].tolist()
+    probabilities, half = 1 / (1 + np.exp(-logits / temperature)), np.arange(len(logits)) % 2 == 0
     limits = np.empty(logits.shape)
     for part in (half, ~half):
         limits[part] = fit_thresholds(probabilities[~part], truth[~part])
-    return [names[row].tolist() for row in probabilities >= limits]
+    fields = {"temperature": temperature, "thresholds": fit_thresholds(probabilities, truth)}
+    return fields, [names[row].tolist() for row in probabilities >= limits]
 
 
 # Heads for words
 
-Words = tuple[
-    Window, np.ndarray, Tensor
-]  # a window, what the head reads of its words, float [W, H], and their tags, int [W]
+# A window, what the head reads of its words, float [W, H], and their tags, int [W].
+Words = tuple[Window, np.ndarray, Tensor]
 
 
 def word_tags(window: Window, spans: list[tuple[int, int, str]], tags: list[str]) -> Tensor:
@@ -476,12 +476,18 @@ def word_logits(head: Any, data: list[Words], casing_dropout: float = 0.0) -> Te
     return head({"branch": hidden}, inputs["attention_mask"], casings, "mean")[row, token]
 
 
-def train_words(head: Any, data: list[Words], epochs: int, last: int, progress: bool) -> Iterator[int]:
-    """Trains a token head; yields after each epoch, and ends after the `last` of them."""
+def train_words(
+    head: Any, data: list[Words], epochs: int, last: int, progress: bool, out: Sequence[Words] = ()
+) -> tuple[int, float]:
+    """Trains a token head for `last` epochs of a schedule of `epochs`; returns how many it is left after, and its temperature.
+
+    Of windows held out, `out`, the epoch with the least loss decides; without any, it is the last, at a temperature of 1.
+    """
     optimizer = torch.optim.AdamW(head.parameters(), lr=WORD_RATE)
     steps = epochs * math.ceil(len(data) / WORD_BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    for epoch in tqdm(range(last), desc="training", unit=" epochs", disable=not progress):
+    truth, least, best = torch.cat([tags for _, _, tags in out or data]), math.inf, (last, 1.0, head.state_dict())
+    for epoch in tqdm(range(1, last + 1), desc="training", unit=" epochs", disable=not progress):
         head.train()
         for rows in torch.randperm(len(data)).split(WORD_BATCH):
             batch = [data[i] for i in rows.tolist()]
@@ -490,21 +496,14 @@ def train_words(head: Any, data: list[Words], epochs: int, last: int, progress: 
             optimizer.step()
             schedule.step()
         head.eval()
-        yield epoch + 1
-
-
-def stop_early(head: Any, kept: list[Words], out: list[Words], epochs: int, progress: bool) -> tuple[int, float]:
-    """Trains a head, leaves it as it was after the epoch with the least loss on `out`, and returns that and the temperature."""
-    truth, losses, best = torch.cat([tags for _, _, tags in out]), [math.inf], ({}, 1.0)
-    for _ in train_words(head, kept, epochs, epochs, progress):
+        if not out:
+            continue
         with torch.no_grad():
             logits = torch.cat([word_logits(head, out[i : i + 64]) for i in range(0, len(out), 64)])
-        loss = float(F.cross_entropy(logits, truth))
-        if loss < min(losses):
-            best = copy.deepcopy(head.state_dict()), fit_temperature(logits.numpy(), truth.numpy())
-        losses.append(loss)
-    head.load_state_dict(best[0])
-    return int(np.argmin(losses)), best[1]
+        if (loss := float(F.cross_entropy(logits, truth))) < least:
+            least, best = loss, (epoch, fit_temperature(logits.numpy(), truth.numpy()), copy.deepcopy(head.state_dict()))
+    head.load_state_dict(best[2])
+    return best[:2]
 
 
 def learn_words(
@@ -522,20 +521,21 @@ def learn_words(
     enough = math.ceil(WORD_STEPS * WORD_BATCH / max(1, len(parts[False])))
     total = last = epochs or min(max(WORD_EPOCHS[0], enough), WORD_EPOCHS[1])
     report: Report = {"metric": "entity_f1", "score": None, "held_out": int(out.sum())}
-    if parts[False] and parts[True]:
+
+    def train(data: list[Words], last: int, out: list[Words]) -> tuple[int, float]:
         torch.manual_seed(seed)
         head = model.new_head(model.config.task_specs[name])
-        last, temperature = stop_early(head, parts[False], parts[True], total, progress)
+        found = train_words(head, data, total, last, progress, out)
         install(model, name, head)
+        return found
+
+    if parts[False] and parts[True]:
+        last, temperature = train(parts[False], total, parts[True])
         asked = np.flatnonzero(out)
         records = annotator.stream([examples.texts[examples.rows[i]] for i in asked], [name], False)
         report |= score(ENTITIES, [examples.targets[i] for i in asked], [found_spans(x["entities"][name]) for x in records])
         model.config.set_tasks({**model.config.tasks, name: {**model.config.tasks[name], "temperature": temperature}})
-    torch.manual_seed(seed)
-    head = model.new_head(model.config.task_specs[name])
-    for _ in train_words(head, parts[False] + parts[True], total, last, progress):
-        pass
-    install(model, name, head)
+    train(parts[False] + parts[True], last, [])
     return {**report, "epochs": last}
 
 

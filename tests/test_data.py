@@ -25,7 +25,6 @@ from configuration_multitask import CASINGS
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import Window, find_words
 from tests.conftest import WINDOW, tiny_tokenizer
-from training.train import principal_components
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 FAMILIES = ("wordpiece", "bytes", "unigram")  # of BERT, RoBERTa and XLM-R
@@ -320,10 +319,3 @@ def test_a_batch_of_tags_is_padded_where_nothing_counts():
     batch = make_batch({"t": "token_classification"}, [{**x, "labels": {"t": x["labels"]}} for x in examples], 0)
     assert batch["labels"]["t"].tolist() == [[-100, 1, 0, -100], [-100, 3, -100, -100]]
     assert batch["casing_ids"].tolist() == [[0, 4, 1, 0], [0, 1, 0, 0]]
-
-
-def test_the_projection_starts_as_orthonormal_principal_axes():
-    vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1])
-    axes = principal_components(vectors, 3)
-    torch.testing.assert_close(axes @ axes.T, torch.eye(3), atol=1e-5, rtol=0)
-    assert axes[0].abs().argmax() == 0 and axes[1].abs().argmax() == 1

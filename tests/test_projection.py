@@ -52,6 +52,13 @@ def test_all_dimensions_give_the_similarities_of_the_principal_components(fitted
     torch.testing.assert_close(after @ after.T, before @ before.T, rtol=0, atol=1e-5)
 
 
+def test_principal_axes_are_orthonormal_and_fall_in_variance():
+    vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1])
+    axes = principal_axes(vectors, 3)
+    torch.testing.assert_close(axes @ axes.T, torch.eye(3), atol=1e-5, rtol=0)
+    assert axes[0].abs().argmax() == 0 and axes[1].abs().argmax() == 1
+
+
 def test_one_dimension_alone_needs_no_fit():
     settings = dataclasses.replace(SETTINGS, dims=(12,))
     expected = principal_axes(made_up_vectors(0), 12)

@@ -4,10 +4,8 @@ import random
 from collections import Counter
 
 import pytest
-from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, SequentialSampler
 
 from common.recipe import SamplingRecipe, TaskRecipe
 from training.sampler import BatchPlan, Stream, passes, probabilities, task_order
@@ -98,15 +96,6 @@ def test_temperature_and_annealing_by_hand():
 def test_a_run_is_a_whole_number_of_steps(mode):
     found = plan({"a": 40, "b": 4}, mode=mode, gradient_accumulation_steps=4)
     assert len(found) == 12, "eleven batches, filled up to three steps of four"
-
-
-@pytest.mark.parametrize("mode", ["epochs", "temperature"])
-def test_processes_share_the_plan_and_see_every_batch_once(mode):
-    found = plan({"a": 41, "b": 12}, mode=mode, gradient_accumulation_steps=2)
-    batches = BatchSampler(SequentialSampler(found), batch_size=1, drop_last=False)
-    shares = [[i for (i,) in BatchSamplerShard(batches, num_processes=2, process_index=rank)] for rank in (0, 1)]
-    assert len(shares[0]) == len(shares[1]) and sorted(shares[0] + shares[1]) == list(range(len(found)))
-    assert [sorted(step) for step in zip(*shares, strict=True)] == [[i, i + 1] for i in range(0, len(found), 2)]
 
 
 def test_a_stream_trains_several_heads_and_rewrites_as_many_texts_as_it_says():

@@ -1,8 +1,6 @@
 """Training as a user runs it, on tiny real models: every kind of task is learned, and runs can be watched, stopped and resumed."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from common.recipe import Recipe, RecipeError
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from tests import fresh
-from tests.conftest import ROOT, tiny_config, tiny_model, tiny_tokenizer
+from tests.conftest import tiny_config, tiny_model, tiny_tokenizer
 from training import train
 from training.average import average
 from training.objectives import LossWeights
@@ -437,7 +435,7 @@ def test_a_full_disk_leaves_no_checkpoint_that_counts(workshop, monkeypatch):
     assert list((workshop.folder / "run1").glob("checkpoint-*")) and newest_checkpoint(workshop.folder / "run1") is None
 
 
-# The same run again, and on several processes
+# The same run again
 
 
 def losses(output: Path) -> list[float]:
@@ -450,19 +448,7 @@ def test_the_losses_of_a_recorded_run_are_reproduced(workshop):
     assert losses(output) == pytest.approx(recorded, abs=2e-5)
 
 
-def test_two_processes_train_as_one_does_with_the_same_steps(workshop):
-    quiet = [
-        "model.encoder_dropout=0",
-        "tasks.mood.head.classifier_dropout=0",
-        "tasks.pairs.epochs=8",
-        "sampling.gradient_accumulation_steps=2",
-    ]
-    settings = [x for setting in quiet for x in ("--set", setting)]
-    recipe = str(workshop.write("mood", "pairs"))
-    one, two = workshop.folder / "one", workshop.folder / "two"
-    arguments = ["-m", "training.train", recipe, *settings, "--output"]
-    fresh.run([*arguments, one])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
-    done = subprocess.run([*launch, *arguments, str(two)], cwd=ROOT, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(losses(two)) > 3 and losses(two) == pytest.approx(losses(one), abs=1e-4)
+def test_several_processes_are_refused(workshop, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="training runs in one process"):
+        workshop.train("mood")

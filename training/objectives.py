@@ -156,7 +156,7 @@ class Objective:
         """Returns each task's own loss under its name, the embedding's "drift" if it is kept, and the sum as "loss".
 
         Args:
-            model: The model, possibly wrapped for several processes.
+            model: The model.
             specs: Its heads.
             pooling_mode: Its pooling.
             batch: An item of a `BatchPlan`.

@@ -1,7 +1,6 @@
 """Sampling: which data set each batch is of, and which of its examples are in it, planned whole before the run.
 
-The plan follows from the recipe, the data and the seed alone. So a run can be repeated and resumed, and several processes
-that read it in turn see every batch once.
+The plan follows from the recipe, the data and the seed alone, so a run can be repeated and resumed.
 """
 
 import random

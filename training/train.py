@@ -16,18 +16,16 @@ import json
 import os
 import shutil
 import sys
-from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -58,6 +56,7 @@ from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_optimizer
 from training.objectives import LossWeights, Objective, class_weights, label_counts
+from training.projection import principal_axes
 from training.sampler import BatchPlan, Stream
 from training.trainer import COMPLETE, Clock, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
 
@@ -136,7 +135,11 @@ def load_part(
 
 
 def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskModel, Any]:
-    """Returns a model whose encoder has the pretrained weights and whose heads are random, and the pretrained encoder."""
+    """Returns a model whose encoder has the pretrained weights and whose heads are random, and the pretrained encoder.
+
+    Raises:
+        RecipeError: The recipe asks of the encoder what it does not have, or its earlier model is another one.
+    """
     encoder = AutoModel.from_pretrained(recipe.model.encoder, dtype=torch.float32)
     specs = {
         name: {"kind": task.kind, "labels": labels[name], **task.head}
@@ -150,6 +153,11 @@ def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskMo
         model = MultiTaskModel(MultiTaskConfig(**{**fields, **options, "tasks": specs}))
     except ValueError as error:
         raise RecipeError(f"model: {error}") from error
+    if model.max_length is not None and recipe.model.max_length > model.max_length:
+        raise RecipeError(f"model.max_length is {recipe.model.max_length}; this encoder takes {model.max_length} tokens")
+    width = recipe.model.embedding_dim or model.config.hidden_size
+    if too_long := [dim for dim in recipe.model.matryoshka_dims if dim > width]:
+        raise RecipeError(f"model.matryoshka_dims holds {too_long}; the embedding has {width} dimensions")
     model.encoder.load_state_dict(encoder.state_dict())
     model.reset_branch()
     if recipe.model.start is not None:
@@ -182,21 +190,6 @@ def start_from(model: MultiTaskModel, start: str) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def check_model(model: MultiTaskModel, recipe: Recipe) -> None:
-    """Raises a RecipeError if the recipe asks of the encoder what it does not have."""
-    if model.max_length is not None and recipe.model.max_length > model.max_length:
-        raise RecipeError(f"model.max_length is {recipe.model.max_length}; this encoder takes {model.max_length} tokens")
-    width = recipe.model.embedding_dim or model.config.hidden_size
-    if too_long := [dim for dim in recipe.model.matryoshka_dims if dim > width]:
-        raise RecipeError(f"model.matryoshka_dims holds {too_long}; the embedding has {width} dimensions")
-
-
-def principal_components(vectors: Tensor, count: int) -> Tensor:
-    """Returns the first principal axes of unit-length `vectors`, float [count, H], rows orthonormal."""
-    _, _, axes = torch.linalg.svd(F.normalize(vectors, dim=-1), full_matrices=False)
-    return axes[:count].contiguous()
-
-
 def start_projection(model: MultiTaskModel, encoder: Any, recipe: Recipe, streams: dict[str, Stream], pad: int) -> None:
     """Sets the projection to the recipe's, or to the principal components of the starting encoder's vectors.
 
@@ -214,8 +207,8 @@ def start_projection(model: MultiTaskModel, encoder: Any, recipe: Recipe, stream
     rows = [ids for x in streams.values() for example in x.examples for ids in text_ids(example)]
     chosen = torch.randperm(len(rows))[:PROJECTION_TEXTS].tolist()
     vectors = encode(encoder, [rows[i] for i in chosen], model.config.pooling_mode, pad)
-    axes = principal_components(vectors, model.config.embedding_dim)
-    model.linear.weight.data[: len(axes)] = axes  # there are fewer axes than dimensions if there are fewer texts
+    axes = principal_axes(vectors, model.config.embedding_dim)
+    model.linear.weight.data[: len(axes)] = axes  # fewer than the embedding's dimensions, if it is wider than the encoder
 
 
 def add_targets(streams: dict[str, Stream], recipe: Recipe, encoder: Any, pad_token_id: int) -> None:
@@ -231,7 +224,8 @@ def add_targets(streams: dict[str, Stream], recipe: Recipe, encoder: Any, pad_to
         if teacher is None:
             vectors = encode(encoder, rows, recipe.model.pooling_mode, pad_token_id, what=f"vectors to keep, {name}")
         else:
-            texts = [text for example in x.examples for text in _texts(example)]
+            texts = [example["text"] for example in x.examples]
+            texts = texts if isinstance(texts[0], str) else list(chain(*texts))
             vectors = torch.from_numpy(teacher.encode(texts, show_progress_bar=True))
         if losses.preserve_mode != "similarity" and vectors.shape[1] not in (width, recipe.model.embedding_dim):
             raise RecipeError(
@@ -241,10 +235,6 @@ def add_targets(streams: dict[str, Stream], recipe: Recipe, encoder: Any, pad_to
         sides = len(text_ids(x.examples[0]))
         for example, target in zip(x.examples, vectors.view(-1, sides, vectors.shape[1]), strict=True):
             example["target"] = target
-
-
-def _texts(example: Example) -> list[str]:
-    return [example["text"]] if isinstance(example["text"], str) else list(example["text"])
 
 
 def new_objective(recipe: Recipe, model: MultiTaskModel, streams: dict[str, Stream]) -> Objective:
@@ -315,7 +305,6 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
     streams, labels, facts = load_streams(recipe, tokenizer)
     set_seed(recipe.run.seed)
     model, encoder = new_model(recipe, labels)
-    check_model(model, recipe)
     batches = BatchPlan(streams, recipe.sampling, tokenizer.pad_token_id, recipe.run.seed)
     args = training_arguments(output, recipe, len(batches) // recipe.sampling.gradient_accumulation_steps)
     encoder.to(args.device)
@@ -364,7 +353,7 @@ def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
     for folder in output.glob("checkpoint-*"):
         if not (folder / COMPLETE).exists():
             print(f"{folder} was cut short while it was written, and is removed.")
-            shutil.rmtree(folder, ignore_errors=True)  # another process may be quicker
+            shutil.rmtree(folder)
     return newest_checkpoint(output)
 
 
@@ -397,10 +386,11 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
         ValueError: A data set does not hold what the recipe says.
         TrainingError: A loss or a weight was no longer finite.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError("training runs in one process, on one GPU at most; start it without torchrun")
     output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output.parent / f".{output.name}.lock", timeout=0)
     try:
-        with lock if int(os.environ.get("RANK", "0")) == 0 else nullcontext():  # of several processes, the first holds it
+        with FileLock(output.parent / f".{output.name}.lock", timeout=0):
             return train_alone(recipe, output, resume)
     except Timeout as error:
         raise RecipeError(f"{output}: another process is training there; wait for it, or give another --output") from error
@@ -422,22 +412,15 @@ def train_alone(recipe: Recipe, output: Path, resume: bool) -> MultiTaskModel:
             raise RecipeError(
                 f"{output} was started on other data: the train split of {', '.join(changed)} has changed since"
             )
-    if trainer.is_world_process_zero():
-        write_json(output / "recipe.json", as_json(recipe))
-        write_json(output / "run.json", {"command": sys.argv, **sizes(trainer.model), "data": facts, **environment_info()})
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.is_world_process_zero():
-        finish(trainer, recipe, output, tokenizer)
-    return trainer.model
-
-
-def sizes(model: MultiTaskModel) -> dict[str, int]:
-    """Returns how many parameters there are, and how many of them train at some time."""
-    parameters = list(model.parameters())
-    return {
-        "parameters": sum(x.numel() for x in parameters),
-        "trained": sum(x.numel() for x in parameters if x.requires_grad),
+    sizes = {
+        "parameters": sum(x.numel() for x in trainer.model.parameters()),
+        "trained": sum(x.numel() for x in trainer.model.parameters() if x.requires_grad),  # at some time
     }
+    write_json(output / "recipe.json", as_json(recipe))
+    write_json(output / "run.json", {"command": sys.argv, **sizes, "data": facts, **environment_info()})
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finish(trainer, recipe, output, tokenizer)
+    return trainer.model
 
 
 def finish(trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -461,16 +444,6 @@ def finish(trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: P
     print(f"{output}/final holds the trained model; {measured}")
 
 
-def exit_worker() -> None:
-    """Ends one of several processes, all of its work being done, without taking its threads down one by one.
-
-    Those of torch.distributed (gloo) now and then abort a process on its way out, and torchrun then reports a failure.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
@@ -487,8 +460,6 @@ def main() -> None:
     args = parser.parse_args()
     try:
         train(Recipe.read(args.recipe, args.data, args.encoder, args.set, args.only or ()), args.output, args.resume)
-        if torch.distributed.is_initialized():
-            exit_worker()
     except (RecipeError, DataError, TrainingError, OSError, SafetensorError) as error:
         sys.exit(str(error))
 

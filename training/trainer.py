@@ -2,14 +2,13 @@
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -80,7 +79,7 @@ class TaskProgress(ProgressCallback):
     """A progress bar that shows the latest mean loss of each task."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None:
+        if self.training_bar is not None:
             losses = {name.removeprefix("loss_"): x for name, x in (logs or {}).items() if name.startswith("loss_")}
             self.training_bar.set_postfix({name: f"{x:.3f}" for name, x in losses.items()})
 
@@ -118,7 +117,7 @@ class MultiTaskTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective, self.evaluator = objective, evaluator
         self.objective.loss_weights.to(self.args.device)
-        self.sums: dict[str, tuple[float, int]] = {}
+        self.reported: dict[str, list[float]] = defaultdict(list)  # each task's losses since the last report
         self.surgery = None
         if surgery:
             named = [(name, x) for name, x in self.model.named_parameters() if x.requires_grad]
@@ -136,10 +135,8 @@ class MultiTaskTrainer(Trainer):
         config = self.model.config
         losses = self.objective(model, config.task_specs, config.pooling_mode, inputs)
         for name, value in losses.items():
-            if name == "loss":
-                continue
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value.item(), count + 1)
+            if name != "loss":
+                self.reported[name].append(value.item())
         if not torch.isfinite(losses["loss"]):
             reason = f"the loss of {inputs['stream']!r} is {losses['loss'].item()}"
             raise TrainingError(self._stopped(self.state.global_step + 1, reason))
@@ -165,11 +162,8 @@ class MultiTaskTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds each task's mean loss since the last report of losses."""
         if "loss" in logs:
-            sums: dict[str, tuple[float, int]] = {}
-            for name, (total, count) in chain(*(x.items() for x in gather_object([self.sums]))):  # of all processes
-                sums[name] = (sums.get(name, (0.0, 0))[0] + total, sums.get(name, (0.0, 0))[1] + count)
-            logs = {**logs, **{f"loss_{name}": total / count for name, (total, count) in sums.items()}}
-            self.sums = {}
+            logs = {**logs, **{f"loss_{name}": sum(x) / len(x) for name, x in self.reported.items()}}
+            self.reported.clear()
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -179,25 +173,19 @@ class MultiTaskTrainer(Trainer):
             TrainingError: A weight is not finite, or the checkpoint cannot be written.
         """
         self._check_weights()
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
-            self._write_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)
+            if weights := self.objective.loss_weights.state_dict():
+                save_file(weights, folder / LOSS_WEIGHTS)
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            (folder / COMPLETE).touch()
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
             step = self.state.global_step
             message = f"Step {step}: the checkpoint cannot be written ({error}). {self._remains()}. Continue with --resume."
             raise TrainingError(message) from error
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
-        if not self.args.should_save:
-            return
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if weights := self.objective.loss_weights.state_dict():
-            save_file(weights, folder / LOSS_WEIGHTS)
-        for path in folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        (folder / COMPLETE).touch()
         rotate_checkpoints(
             output_dir=self.args.output_dir, save_total_limit=KEPT, best_model_checkpoint=self.state.best_model_checkpoint
         )
@@ -239,25 +227,13 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 
 def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArguments:
-    """Returns the Trainer's settings for a run of this many steps.
-
-    Raises:
-        RecipeError: The batches of a step do not divide among the processes, or losses are weighted in several.
-    """
-    run, sampling = recipe.run, recipe.sampling
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if sampling.gradient_accumulation_steps % processes:
-        raise RecipeError(
-            f"sampling.gradient_accumulation_steps is {sampling.gradient_accumulation_steps}; the batches of a step must divide among {processes} "
-            "processes: make it a multiple"
-        )
-    if processes > 1 and recipe.losses.weighting != "fixed":
-        raise RecipeError(f"losses.weighting is {recipe.losses.weighting!r}; it works in one process only")
+    """Returns the Trainer's settings for a run of this many steps."""
+    run = recipe.run
     every = ceil(steps / run.evaluations) if run.evaluations else None
     args = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=1,  # one item of the plan is a whole batch
-        gradient_accumulation_steps=sampling.gradient_accumulation_steps // processes,
+        gradient_accumulation_steps=recipe.sampling.gradient_accumulation_steps,
         train_sampling_strategy="sequential",  # the plan is shuffled
         num_train_epochs=1,
         warmup_steps=recipe.optimizer.warmup_ratio,
@@ -276,9 +252,8 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         metric_for_best_model="average" if every else None,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=True,  # a batch trains its own task's head alone
         report_to="none",
         disable_tqdm=False,
     )
-    args._n_gpu = min(1, args.n_gpu)  # several GPUs are torchrun's: DataParallel would take several batches for one
+    args._n_gpu = min(1, args.n_gpu)  # of several GPUs, one: DataParallel would take several batches for one
     return args
