@@ -237,8 +237,7 @@ def _check_numbers(found: list[float], names: Sequence[str]) -> tuple[list[str],
 
 def _check_labels(kind: str, found: list[Any], labels: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """Returns the label names and notes on them; refuses labels that nothing can be learned from."""
-    given = [[x] if kind == LABEL else [span[2] for span in x] if kind == ENTITIES else x for x in found]
-    counts = Counter(label for row in given for label in set(row))
+    counts = Counter(label for x in found for label in set(labels_of(kind, x)))
     if labels is not None and set(labels) != set(counts):
         raise ValueError(
             f"labels= lacks {sorted(set(counts) - set(labels))} and has {sorted(set(labels) - set(counts))}, which no text "
@@ -255,6 +254,11 @@ def _check_labels(kind: str, found: list[Any], labels: Sequence[str] | None) -> 
     shown = ", ".join(once[:5]) + (", …" if len(once) > 5 else "")
     note = f"{len(once)} labels occur once ({shown}): they were learned, and their quality is not known."
     return sorted(counts) if labels is None else list(labels), [note] if once else []
+
+
+def labels_of(kind: str, target: Any) -> list[str]:
+    """Returns the names in the label of one text."""
+    return {LABEL: lambda: [target], LABELS: lambda: target, NUMBER: list, ENTITIES: lambda: [x[2] for x in target]}[kind]()
 
 
 def check_spans(text: str, spans: list[Any]) -> list[tuple[int, int, str]]:
@@ -306,26 +310,24 @@ def score(kind: str, truth: list[Any], answers: list[Any]) -> Report:
         return {"metric": "r2", "score": float(1 - errors / max(spread, 1e-12))}
     pairs = list(zip(truth, answers, strict=True))
     if kind == LABEL:
-        wrong = [pair for pair in pairs if pair[0] != pair[1]]
-        right = (len(pairs) - len(wrong)) / max(1, len(pairs))
-        return {"metric": "accuracy", "score": right, "confusions": _most(wrong)}
-    group = str if kind == LABELS else lambda entity: ""  # each label has an F1, all entities share one
-    said, hits = Counter(), Counter()
-    for gold, found in pairs:
-        said.update(map(group, [*gold, *found]))
-        hits.update(group(x) for x in found if x in gold)
-    occurs = {group(x) for gold in truth for x in gold} or {""}
-    f1 = sum(2 * hits[x] / max(1, said[x]) for x in occurs) / len(occurs)
-    if kind == LABELS:
-        return {"metric": "macro_f1", "score": f1}
-    overlaps = (
-        (x, next((y for y in found if y[0] < x[1] and x[0] < y[1]), (0, 0, "O"))) for gold, found in pairs for x in gold
-    )
-    return {"metric": "entity_f1", "score": f1, "confusions": _most((x[2], y[2]) for x, y in overlaps if x[2] != y[2])}
-
-
-def _most(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
-    return [(*pair, count) for pair, count in sorted(Counter(pairs).items(), key=lambda x: (-x[1], x[0]))[:3]]
+        metric, confused = "accuracy", [pair for pair in pairs if pair[0] != pair[1]]
+        value = (len(pairs) - len(confused)) / max(1, len(pairs))
+    else:
+        metric, group = ("macro_f1", str) if kind == LABELS else ("entity_f1", lambda entity: "")  # one F1 for all entities
+        said, hits = Counter(), Counter()
+        for gold, found in pairs:
+            said.update(map(group, [*gold, *found]))
+            hits.update(group(x) for x in found if x in gold)
+        occurs = {group(x) for gold in truth for x in gold} or {""}
+        value = sum(2 * hits[x] / max(1, said[x]) for x in occurs) / len(occurs)
+        if kind == LABELS:
+            return {"metric": metric, "score": value}
+        overlaps = [
+            (x, next((y for y in found if y[0] < x[1] and x[0] < y[1]), (0, 0, "O"))) for gold, found in pairs for x in gold
+        ]
+        confused = [(x[2], y[2]) for x, y in overlaps if x[2] != y[2]]
+    most = Counter(sorted(confused)).most_common(3)
+    return {"metric": metric, "score": value, "confusions": [(*pair, count) for pair, count in most]}
 
 
 # What the head reads
@@ -486,7 +488,7 @@ def train_words(
     optimizer = torch.optim.AdamW(head.parameters(), lr=WORD_RATE)
     steps = epochs * math.ceil(len(data) / WORD_BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    truth, least, best = torch.cat([tags for _, _, tags in out or data]), math.inf, (last, 1.0, head.state_dict())
+    least, best = math.inf, (last, 1.0, head.state_dict())
     for epoch in tqdm(range(1, last + 1), desc="training", unit=" epochs", disable=not progress):
         head.train()
         for rows in torch.randperm(len(data)).split(WORD_BATCH):
@@ -498,6 +500,7 @@ def train_words(
         head.eval()
         if not out:
             continue
+        truth = torch.cat([tags for _, _, tags in out])
         with torch.no_grad():
             logits = torch.cat([word_logits(head, out[i : i + 64]) for i in range(0, len(out), 64)])
         if (loss := float(F.cross_entropy(logits, truth))) < least:

@@ -127,17 +127,24 @@ def class_names(data: Dataset, column: str) -> list[str]:
     Raises:
         DataError: The column declares none.
     """
+    if names := declared_names(data, column):
+        return names
+    raise DataError(
+        f"column {column!r} declares no label names; its type is {data.features[column]}. Give the task's `labels` in the "
+        "recipe."
+    )
+
+
+def declared_names(data: Dataset, column: str) -> list[str]:
+    """Returns the label names that a data set declares for a column; none if it declares none."""
     feature = data.features[column]
-    names = getattr(getattr(feature, "feature", feature), "names", None)
-    if not names:
-        raise DataError(
-            f"column {column!r} declares no label names; its type is {feature}. Give the task's `labels` in the recipe."
-        )
-    return list(names)
+    return list(getattr(getattr(feature, "feature", feature), "names", []))
 
 
 def task_labels(task: TaskRecipe, data: Dataset) -> list[str]:
-    """Returns the label names of a task with a head, in the order of the head's ids."""
+    """Returns the label names of a task in the order of its head's ids; none without a head."""
+    if not task.has_head:
+        return []
     if task.labels is not None:
         return list(task.labels)
     if task.head.get("problem_type") == "regression":
@@ -151,11 +158,10 @@ def source_labels(task: TaskRecipe, data: Dataset, labels: list[str]) -> list[st
     Raises:
         DataError: There is a mapping, and nothing says what the data set's names are.
     """
-    feature = data.features[task.label_column]
-    declared = getattr(getattr(feature, "feature", feature), "names", None)
     if task.mapping:
-        return class_names(data, task.label_column) if not declared else list(declared)
-    return list(declared) if declared and set(declared) <= set(labels) else labels
+        return class_names(data, task.label_column)
+    declared = declared_names(data, task.label_column)
+    return declared if declared and set(declared) <= set(labels) else labels
 
 
 def label_map(task: TaskRecipe, source: list[str], labels: list[str], where: str) -> list[int]:
@@ -436,11 +442,6 @@ def _tagged_examples(
             ids[first] = labels.index(tag) if tag in labels else IGNORE_INDEX
         found.append({**example, "labels": ids, "tagged": (tokens, tags)})
     return found
-
-
-def cut_texts(examples: list[Example], max_length: int) -> int:
-    """Returns how many examples hold a text that fills the window, and so may have lost its end."""
-    return sum(any(len(ids) >= max_length for ids in text_ids(example)) for example in examples)
 
 
 def text_ids(example: Example) -> list[list[int]]:

@@ -58,7 +58,7 @@ class ModelRecipe:
     projection: str | None = None
     start: str | None = None
     num_task_layers: Annotated[int, Field(ge=0)] = 0
-    matryoshka_dims: list[int] = Field(default_factory=list)
+    matryoshka_dims: list[Count] = Field(default_factory=list)
     encoder_dropout: Share | None = None
 
 
@@ -323,7 +323,7 @@ class Recipe:
             recipe = TypeAdapter(cls).validate_json(json.dumps(fields, default=str))
             problems = _check_values(recipe, data)
         except ValidationError as error:
-            problems = [_describe(x) for x in error.errors()]
+            problems = [describe(x, cls) for x in error.errors()]
         if problems:
             raise RecipeError("\n  ".join([f"{source}:", *problems]))
         if data is None:
@@ -389,15 +389,18 @@ _RENAMED = {
 }
 
 
-def _describe(error: Any) -> str:
-    """Returns one of pydantic's errors in a line that names the key, the value and what is allowed."""
+def describe(error: Any, kind: Any) -> str:
+    """Returns one of pydantic's errors on a dataclass `kind` in a line that names the key, the value and what is allowed."""
     loc = [x for x in error["loc"] if x != "[key]"]
     place = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in loc).removeprefix(".")
     if error["type"] == "missing":
         return f"{place} is missing"
     if error["type"] != "unexpected_keyword_argument":
-        return f"{place} is {error['input']!r}; {error['msg'].replace('Input should', 'it must', 1)}"
-    kind: Any = Recipe
+        return (
+            f"{place} is {error['input']!r}; {re.sub('^(Input|String) should', 'it must', error['msg'])}"
+            if place
+            else error["msg"]
+        )
     for step in loc[:-1]:
         is_section = dataclasses.is_dataclass(kind)
         kind = typing.get_type_hints(kind)[str(step)] if is_section else typing.get_args(kind)[-1]
@@ -447,8 +450,9 @@ def _dataset_problems(task: TaskRecipe, data: Path | None) -> list[str]:
 
 
 def _datasets_problems(task: TaskRecipe, data: Path | None) -> list[str]:
-    single = ("dataset", "text_columns", "label_column", "folder", "splits", "mapping", "unsaid", "limit")
-    problems = [f"{key} is given beside datasets; give it for each data set" for key in single if getattr(task, key)]
+    single, default = [x.name for x in dataclasses.fields(DatasetRecipe)], TaskRecipe(kind=task.kind)
+    given = [key for key in single if getattr(task, key) != getattr(default, key)]
+    problems = [f"{key} is given beside datasets; give it for each data set" for key in given]
     if not task.has_head:
         problems.append(f"datasets is given; a {task.kind} task has a single data set")
     if task.labels is None and task.head.get("problem_type") != "regression":
@@ -533,7 +537,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems += [
         f"model.matryoshka_dims holds {dim}; allowed: 1 to {wide} dimensions"
         for dim in recipe.model.matryoshka_dims
-        if dim < 1 or (wide is not None and dim > wide)
+        if wide is not None and dim > wide
     ]
     if wide is None and not recipe.model.num_task_layers and (freezing.freeze == "encoder" or freezing.linear_probe_ratio):
         problems += [

@@ -64,14 +64,11 @@ class GradientProbe(TrainerCallback):
         sums: dict[str, Tensor] = {}
         for batch in (batch for batches in self.batches.values() for batch in batches[start::2]):
             moved = send_to_device(batch, model.device)
-            losses = objective(model, model.config.task_specs, model.config.pooling_mode, moved)
+            losses = objective(model, moved)
             del losses["loss"]  # the weighted sum of the others
             for name, loss in losses.items():
-                parts = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
-                flat = [
-                    (torch.zeros_like(x) if part is None else part).flatten() for x, part in zip(shared, parts, strict=True)
-                ]
-                sums[name] = sums.get(name, 0) + torch.cat(flat) / BATCHES
+                parts = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True, materialize_grads=True)
+                sums[name] = sums.get(name, 0) + torch.cat([x.flatten() for x in parts]) / BATCHES
         return sums
 
 

@@ -5,7 +5,6 @@ BIO scheme allows; and sentences joined to passages, which show the model the se
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -17,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from common.data import fingerprint, load_task_split
-from common.files import ROOT, environment_info
+from common.files import ROOT, environment_info, write_json
 from common.recipe import Recipe, TaskRecipe
 from evaluation.evaluate import measure_head, predict
 from modeling_multitask import MultiTaskModel
@@ -74,7 +73,7 @@ def main() -> None:
         "ways": measure_reading(pipe, task),
         **environment_info(),
     }
-    OUTPUT.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    write_json(OUTPUT, content)
     for way, metrics in content["ways"].items():
         print(f"{way}: {metrics['f1']:.4f}")
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from scipy.stats import false_discovery_control, ttest_rel
 
@@ -23,8 +24,12 @@ from evaluation.plots import COLOURS
 from experiments.run import GRID, RESULTS
 from release.card import fill
 
-# Readable on white and on black.
-GRAY = "#888888"
+GRAY = "#888888"  # readable on white and on black
+STYLE = {
+    "figure.constrained_layout.use": True, "savefig.transparent": True, "axes.facecolor": "none", "axes.edgecolor": GRAY,
+    "axes.labelcolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "axes.grid": True, "grid.color": GRAY, "grid.alpha": 0.25,
+    "legend.frameon": False, "legend.labelcolor": GRAY, "legend.fontsize": 8,
+}  # fmt: skip
 TASKS = ("sentiment", "emotion", "ner", "similarity")
 MIN_SEEDS = 3  # of both settings, for a test
 RATE = 0.05  # of false discoveries among all bold cells of a budget
@@ -217,32 +222,16 @@ def render(text: str, results: Path = RESULTS) -> str:
 # Pictures
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
-    """Returns a figure that can be read on a light and on a dark page, and its axes."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.set_facecolor("none")
-    for spine in axes.spines.values():
-        spine.set_color(GRAY)
-    axes.tick_params(colors=GRAY)
-    axes.grid(color=GRAY, alpha=0.25)
-    return figure, axes
-
-
-def _label(axes: Any, x: str, y: str) -> None:
-    axes.set_xlabel(x, color=GRAY)
-    axes.set_ylabel(y, color=GRAY)
-
-
 def _finish(figure: Figure, path: Path) -> None:
     if figure.axes[0].get_legend_handles_labels()[1]:
-        figure.legend(loc="outside right upper", frameon=False, labelcolor=GRAY, fontsize=8)
-    figure.savefig(path, dpi=110, transparent=True)
+        figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=110)
 
 
 def draw_trade(found: Found, path: Path) -> None:
     """Draws the average task score over the nearest-neighbour overlap, for all settings that train all tasks."""
-    figure, axes = _axes(9.5, 5)
+    figure = Figure(figsize=(9.5, 5))
+    axes = figure.subplots()
     points = [
         (statistics.mean(x["drift"]["metrics"]["neighbours_at_10"] for x in results),
          statistics.mean(x["average"] for x in results), colour, row)
@@ -254,13 +243,14 @@ def draw_trade(found: Found, path: Path) -> None:
         axes.scatter(kept, average, color=colour, label=f"{number}  {row}")
         above = (-4, 6) if number % 2 else (-4, -14)  # labels next to each other do not overlap
         axes.annotate(str(number), (kept, average), xytext=above, textcoords="offset points", fontsize=8, color=GRAY)
-    _label(axes, "nearest-neighbour overlap@10, out-of-domain texts", "average of the four tasks")
+    axes.set(xlabel="nearest-neighbour overlap@10, out-of-domain texts", ylabel="average of the four tasks")
     _finish(figure, path)
 
 
 def draw_sizes(found: Found, path: Path) -> None:
     """Draws emotion's score over the number of its training texts, alone and with the other tasks."""
-    figure, axes = _axes(7, 3.5)
+    figure = Figure(figsize=(7, 3.5))
+    axes = figure.subplots()
     for colour, company in zip(COLOURS, ("alone", "with the others"), strict=False):
         rows = {
             int(row.split()[0].replace(",", "")): r for row, r in found.get("sizes", {}).items() if row.endswith(company)
@@ -273,13 +263,14 @@ def draw_sizes(found: Found, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xticks(list(scores), [f"{size:,}" for size in scores])
         axes.minorticks_off()
-    _label(axes, "tweets of emotion", "macro F1, with its 95 % interval")
+    axes.set(xlabel="tweets of emotion", ylabel="macro F1, with its 95 % interval")
     _finish(figure, path)
 
 
 def draw_conflicts(found: Found, path: Path) -> None:
     """Draws the cosines between the tasks' gradients over a run."""
-    figure, axes = _axes(8.5, 4)
+    figure = Figure(figsize=(8.5, 4))
+    axes = figure.subplots()
     for results, style in zip(found.get("conflicts", {}).values(), ("-", "--"), strict=False):
         points = results[0]["gradients"]
         pairs = [pair for pair in points[0]["cosines"] if len(set(pair.split()) - {"drift"}) == 2 and "drift" not in pair]
@@ -287,7 +278,7 @@ def draw_conflicts(found: Found, path: Path) -> None:
             label = pair.replace(" ", " and ") if style == "-" else None
             axes.plot([x["step"] for x in points], [x["cosines"][pair] for x in points], style, color=colour, label=label)
     axes.axhline(0, color=GRAY, linewidth=1)
-    _label(axes, "step (dashed: nothing preserved)", "cosine of gradients")
+    axes.set(xlabel="step (dashed: nothing preserved)", ylabel="cosine of gradients")
     _finish(figure, path)
 
 
@@ -305,7 +296,8 @@ def main() -> None:
     found = load("small")
     for name, draw in PICTURES.items():
         if name in found:
-            draw(found, RESULTS / f"{name}.png")
+            with rc_context(STYLE):
+                draw(found, RESULTS / f"{name}.png")
     print("discussion.md, and what pictures there are in results/experiments/, show the results")
 
 

@@ -15,6 +15,8 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,29 +166,6 @@ def train_and_measure(cell: Cell, recipe: Recipe, folder: Path, args: argparse.N
     }
 
 
-def run_apart(cell: Cell, args: argparse.Namespace) -> None:
-    """Runs a cell in a process of its own, so that its memory is its own too.
-
-    Raises:
-        RuntimeError: The process failed.
-    """
-    process = multiprocessing.get_context("forkserver").Process(target=_report_errors, args=(cell, args))
-    process.start()
-    try:
-        process.join()
-    finally:
-        process.kill()  # if this process is being stopped
-    if process.exitcode:
-        raise RuntimeError(f"{cell.path}: the run ended with {process.exitcode}; what it printed says why")
-
-
-def _report_errors(cell: Cell, args: argparse.Namespace) -> None:
-    try:
-        run_cell(cell, args)
-    except (RecipeError, DataError) as error:
-        sys.exit(f"{cell.table}, {cell.name!r}: {error}")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help="tables of the grid; default: all")
@@ -209,16 +188,19 @@ def main() -> None:
         cells = read_grid(args.budget, args.seeds, args.tables, args.grid)
     except RecipeError as error:
         sys.exit(str(error))
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["training.train"])  # the slow imports, once
-    for number, cell in enumerate(cells, 1):
-        finished = (args.output / cell.path).exists()
-        print(f"{number} of {len(cells)}: {cell.path}{', finished' if finished else ''}", flush=True)
-        if finished or args.list:
-            continue
-        try:
-            run_apart(cell, args)
-        except RuntimeError as error:
-            sys.exit(str(error))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.train"])  # the slow imports, once
+    # A process for each cell, so that its memory is its own too.
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
+        for number, cell in enumerate(cells, 1):
+            finished = (args.output / cell.path).exists()
+            print(f"{number} of {len(cells)}: {cell.path}{', finished' if finished else ''}", flush=True)
+            if finished or args.list:
+                continue
+            try:
+                pool.submit(run_cell, cell, args).result()
+            except (RecipeError, DataError, BrokenProcessPool) as error:
+                sys.exit(f"{cell.path}: {error}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from common.data import (
     class_names,
-    cut_texts,
     hub_source,
     load_split,
     make_batch,
@@ -102,7 +101,6 @@ def test_texts_are_cut_at_the_window_and_special_tokens_have_no_tag():
     example = make(token(), TAGS, x=[["Tim"] * 50], y=[[1] * 50])[0]
     assert len(example["input_ids"]) == len(example["labels"]) == len(example["casing_ids"]) == WINDOW
     assert example["labels"] == [IGNORE_INDEX, *[1] * (WINDOW - 2), IGNORE_INDEX]
-    assert cut_texts([example, {"input_ids": [1, 2]}, {"input_ids": [[1], [2] * WINDOW]}], WINDOW) == 2
 
 
 def test_every_piece_of_a_word_has_the_words_casing():

@@ -467,7 +467,6 @@ def test_a_wrong_list_is_refused_with_everything_that_is_wrong(tmp_path):
     wrong = {
         **entry,
         "converter": "magic",
-        "base": "ftp://x/",
         "sha256": {"archive": "0"},
         "columns": {"text": "poem"},
         "licence": "x",
@@ -477,14 +476,17 @@ def test_a_wrong_list_is_refused_with_everything_that_is_wrong(tmp_path):
     with pytest.raises(SourceError) as refused:
         read_sources(tmp_path / "list.toml")
     for part in (
-        "no field title",
-        "unknown field licence",
-        "'poem'",
-        "converter is 'magic'",
-        "files.archive",
-        "sha256.archive",
+        "title is missing",
+        "licence is unknown; known keys: name, title",
+        "columns.text is 'poem'; it must be 'text'",
+        "converter is 'magic'; it must be",
+        "sha256.archive is '0'; it must match",
     ):
         assert part in str(refused.value)
+    for wrong in ({"base": "ftp://x/"}, {"sha256": {"other": "0" * 64}}, {"converter": ""}):
+        (tmp_path / "list.toml").write_text(f"[a]\n{toml({**entry, **wrong})}")
+        with pytest.raises(SourceError, match="list.toml, a: .*give `hub`, or `converter`, `files` that begin"):
+            read_sources(tmp_path / "list.toml")
     (tmp_path / "list.toml").write_text("[a")
     with pytest.raises(SourceError, match="list.toml"):
         read_sources(tmp_path / "list.toml")

@@ -233,7 +233,7 @@ def test_labels_that_teach_nothing_are_refused(workshop, label, message):
 def test_gradients_of_loss_weights_are_cleared_even_if_the_step_is_skipped(workshop, monkeypatch):
     """As float16 skips it after an overflow, which needs a GPU."""
     weights = []
-    monkeypatch.setattr(train, "LossWeights", lambda *x: weights.append(LossWeights(*x)) or weights[0])
+    monkeypatch.setattr("training.objectives.LossWeights", lambda *x: weights.append(LossWeights(*x)) or weights[0])
     monkeypatch.setattr("accelerate.optimizer.AcceleratedOptimizer.step", lambda *_: None)
     workshop.train("mood", settings=("losses.weighting=uncertainty", "tasks.mood.epochs=1"))
     assert all(x.grad is None for x in weights[0].parameters())

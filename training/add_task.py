@@ -17,28 +17,39 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
+from datasets import ClassLabel, Dataset
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from seqeval.metrics.sequence_labeling import get_entities
 from transformers import AutoTokenizer
 
+from common.data import has_split, label_reader, load_task_split, tagged_rows, task_labels, token_spans
 from common.recipe import Recipe, RecipeError, TaskRecipe
 from configuration_multitask import SEQUENCE, TOKEN, WEIGHTS_INDEX
-from learning_multitask import ENTITIES, LABEL, LABELS, NUMBER, PROBLEMS, Report, check_spans, found_spans, plain, score
+from learning_multitask import (
+    ENTITIES,
+    NUMBER,
+    PROBLEMS,
+    Report,
+    check_spans,
+    found_spans,
+    labels_of,
+    plain,
+    score,
+)
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from release.export import ENCODER_FILE, HEADS_FILE, export
 from weights_multitask import WeightsError
 
 Rows = tuple[list[Any], list[Any]]  # texts and their labels
-USED = {
-    "kind", "dataset", "text_columns", "label_column", "folder", "splits", "labels", "mapping", "datasets", "limit",
-    "epochs", "head", "metric", "batch_size",
-}  # fmt: skip
+TRAINED_ALONE = ("unsaid", "passage_rows", "rewrites", "loss_weight", "class_weights", "focal_gamma")  # not used here
 
 
 # Reading
@@ -50,11 +61,10 @@ def read_file(path: Path, text_column: str, label_column: str) -> Rows:
     Raises:
         ValueError: The file cannot be read, or lacks a column.
     """
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"--data is {str(path)!r}; allowed: a file that ends in {', '.join(readers)}.")
+    if path.suffix not in (".csv", ".jsonl", ".parquet"):
+        raise ValueError(f"--data is {str(path)!r}; allowed: a file that ends in .csv, .jsonl or .parquet.")
     try:
-        columns = readers[path.suffix](path)
+        columns = _columns(path)
     except (csv.Error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no {path.suffix[1:]} file in UTF-8: {error}") from error
     if missing := [name for name in (text_column, label_column) if name not in columns]:
@@ -62,33 +72,22 @@ def read_file(path: Path, text_column: str, label_column: str) -> Rows:
     return columns[text_column], _labels(columns[label_column])
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _read_csv(path: Path) -> dict[str, list[Any]]:
+def _columns(path: Path) -> dict[str, list[Any]]:
+    if path.suffix == ".parquet":
+        data = Dataset(pyarrow.parquet.read_table(path))
+        columns = data.to_dict()
+        for name, feature in data.features.items():
+            if isinstance(feature, ClassLabel):  # numbers that have names
+                columns[name] = [None if x is None or x < 0 else feature.names[x] for x in columns[name]]
+        return columns
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        return _columns(list(csv.DictReader(stream, restkey="")))
-
-
-def _read_jsonl(path: Path) -> dict[str, list[Any]]:
-    rows = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(stream, restkey=""))
+        else:
+            rows = [json.loads(line) for line in stream if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: every line must be a JSON object.")
-    return _columns(rows)
-
-
-def _read_parquet(path: Path) -> dict[str, list[Any]]:
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(path)
-    columns = table.to_pydict()
-    described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    for name, feature in described.get("info", {}).get("features", {}).items():
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":  # numbers that have names
-            columns[name] = [None if x is None or x < 0 else feature["names"][x] for x in columns[name]]
-    return columns
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
 
 
 def _labels(values: list[Any]) -> list[Any]:
@@ -108,34 +107,29 @@ def _labels(values: list[Any]) -> list[Any]:
 
 def read_split(task: TaskRecipe, split: str, seed: int) -> tuple[Rows, list[str]]:
     """Returns the texts and labels of a split of a recipe's task, by name, and the task's labels."""
-    from common.data import class_names, label_reader, load_task_split, tagged_rows, task_labels
-
     texts: list[str] = []
     found: list[Any] = []
     names: list[str] = []
     for key, part in task.parts("").items():
-        data = load_task_split(part, split)
+        data, where = load_task_split(part, split), f"{part.dataset}{key}, split {split}"
         if part.limit is not None and split == "train":
             data = data.shuffle(seed=seed).select(range(min(part.limit, len(data))))
-        where = f"{part.dataset}{key}, split {split}"
-        names = (
-            task_labels(part, data) if part.kind == SEQUENCE else part.labels or class_names(data, str(part.label_column))
-        )
+        names = task_labels(part, data)
         if part.kind == TOKEN:
             rows = tagged_rows(part, data, names, where)
             texts += [" ".join(tokens) for tokens, _ in rows]
             found += [tag_spans(tokens, tags) for tokens, tags in rows]
-            continue
-        to_label = label_reader(part, data, names, where)
-        texts += list(data[part.text_columns[0]])
-        values = [to_label(x, f"{where}, row {row}") for row, x in enumerate(data[part.label_column])]
-        found += [_by_name(part, x, names) for x in values]
+        else:
+            to_label = label_reader(part, data, names, where)
+            texts += data[part.text_columns[0]][:]
+            found += [_by_name(part, to_label(x, f"{where}, row {i}"), names) for i, x in enumerate(data[part.label_column])]
     if task.kind == TOKEN:
         names = list(dict.fromkeys(x[2:] for x in names if x != "O"))
     return (texts, found), names
 
 
 def _by_name(task: TaskRecipe, value: Any, names: list[str]) -> Any:
+    """Returns a label as `label_reader` gives it the way `add_task` takes it; None if it is missing."""
     if not isinstance(value, list):
         return None if value < 0 else names[value]
     if task.head.get("problem_type") == "regression":
@@ -145,16 +139,9 @@ def _by_name(task: TaskRecipe, value: Any, names: list[str]) -> Any:
 
 def tag_spans(tokens: list[str], tags: Iterable[str | None]) -> list[tuple[int, int, str]]:
     """Returns the entities of BIO tags in the text of tokens joined by spaces, as (start, end, type)."""
-    found: list[tuple[int, int, str]] = []
-    start, is_open = 0, False
-    for token, tag in zip(tokens, tags, strict=True):
-        end = start + len(token)
-        if tag is not None and tag.startswith("I-") and is_open and found[-1][2] == tag[2:]:
-            found[-1] = (found[-1][0], end, tag[2:])
-        elif is_open := tag is not None and tag != "O":
-            found.append((start, end, str(tag)[2:]))
-        start = end + 1
-    return found
+    spans = token_spans(tokens)
+    found = get_entities([tag or "O" for tag in tags])
+    return [(spans[first][0], spans[last][1], kind) for kind, first, last in found]
 
 
 def new_task(recipe: Recipe) -> tuple[str, TaskRecipe]:
@@ -168,8 +155,8 @@ def new_task(recipe: Recipe) -> tuple[str, TaskRecipe]:
     ((name, task),) = recipe.tasks.items()
     if not task.has_head:
         raise RecipeError(f"tasks.{name}.kind is {task.kind!r}, which trains the embedding; allowed: {SEQUENCE}, {TOKEN}")
-    plain = replace(TaskRecipe(kind=task.kind), **{key: getattr(task, key) for key in USED})
-    if unused := [key for key in vars(task) if getattr(task, key) != getattr(plain, key)]:
+    default = TaskRecipe(kind=task.kind)
+    if unused := [key for key in TRAINED_ALONE if getattr(task, key) != getattr(default, key)]:
         raise RecipeError(f"tasks.{name} sets {', '.join(unused)}, which training.train uses; leave them out here")
     return name, task
 
@@ -189,12 +176,6 @@ def local_folder(model: str) -> Path:
         return Path(snapshot_download(model))
     except (OSError, ValueError) as error:
         raise ValueError(f"MODEL is {model!r}; allowed: a folder, or a Hub id that can be fetched ({error})") from error
-
-
-def check_output(output: Path) -> None:
-    """Raises a ValueError if the output folder holds something."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} exists and is not empty; give a new folder.")
 
 
 def write_model(pipe: MultiTaskPipeline, source: Path, output: Path) -> None:
@@ -234,8 +215,7 @@ def measure_task(pipe: MultiTaskPipeline, name: str, texts: list[Any], targets: 
     if kind == ENTITIES:
         rows = [(text, check_spans(text, x)) for text, x in rows]
     for _, x in rows:
-        said = {LABEL: [x], NUMBER: [], LABELS: x, ENTITIES: [s[2] for s in x] if kind == ENTITIES else []}[kind]
-        if unknown := [label for label in said if label not in known]:
+        if unknown := [label for label in labels_of(kind, x) if label not in known]:
             raise ValueError(
                 f"The test split has the label {unknown[0]!r}, which the examples lack: {', '.join(sorted(known))}."
             )
@@ -252,8 +232,6 @@ def _answer(kind: str, name: str, record: dict[str, Any]) -> Any:
 
 def add_recipe_task(pipe: MultiTaskPipeline, recipe: Recipe) -> Report:
     """Adds a recipe's one task to a pipeline's model and returns the report, with `test` if there is another split."""
-    from common.data import has_split
-
     name, task = new_task(recipe)
     head = {key: x for key, x in task.head.items() if key != "problem_type"}
     if task.kind == TOKEN:
@@ -287,7 +265,8 @@ def summary(report: Report) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command line says."""
-    check_output(args.output)
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(f"--output {args.output} exists and is not empty; give a new folder.")
     if args.recipe is None and not (args.data and args.text_column and args.label_column):
         raise ValueError("Give --data FILE with --text-column and --label-column, or a recipe.")
     recipe = None if args.recipe is None else Recipe.read(args.recipe, args.data, overrides=args.set)

@@ -8,25 +8,23 @@ from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from torch import Tensor, nn
 
 from common.data import fold_unsaid, unsaid_labels
-from common.recipe import LossesRecipe, TaskRecipe
+from common.recipe import Recipe, TaskRecipe
 from configuration_multitask import TaskSpec
-from modeling_multitask import IGNORE_INDEX, MultiTaskOutput, pool, task_loss
+from modeling_multitask import IGNORE_INDEX, MultiTaskModel, MultiTaskOutput, pool, task_loss
 from training.sampler import Stream
 
 CASING_DROPOUT = 0.15  # share of texts whose casing is hidden in training, so that the value "unknown" is learned
 EFFECTIVE_NUMBER_BETA = 0.999
 
 
-def class_weights(counts: Tensor, method: str) -> Tensor | None:
-    """Returns a weight per class whose mean over the examples is 1, or None for "none".
+def class_weights(counts: Tensor, method: str) -> Tensor:
+    """Returns a weight per class whose mean over the examples is 1.
 
     Args:
         counts: int [C], how often each class occurs in training.
-        method: "none"; "inverse_frequency"; or "effective_number", a milder form of it (Cui et al. 2019, Class-balanced
+        method: "inverse_frequency", or "effective_number", a milder form of it (Cui et al. 2019, Class-balanced
             loss based on effective number of samples).
     """
-    if method == "none":
-        return None
     counts = counts.float()
     seen = counts.clamp(min=1)
     amount = seen if method == "inverse_frequency" else (1 - EFFECTIVE_NUMBER_BETA**seen) / (1 - EFFECTIVE_NUMBER_BETA)
@@ -133,34 +131,28 @@ class Objective:
 
     Args:
         streams: The run's data sets.
-        losses: The recipe's losses.
-        loss_weights: The factor of each task's loss.
-        weights: float [C] per class, for each task that has class weights.
-        matryoshka_dims: Lengths of the embedding's prefixes that the embedding tasks train too.
+        recipe: Its recipe.
+        specs: The model's heads.
     """
 
-    def __init__(
-        self,
-        streams: dict[str, Stream],
-        losses: LossesRecipe,
-        loss_weights: LossWeights,
-        weights: dict[str, Tensor],
-        matryoshka_dims: list[int],
-    ) -> None:
+    def __init__(self, streams: dict[str, Stream], recipe: Recipe, specs: dict[str, TaskSpec]) -> None:
         self.tasks = {name: x.tasks for name, x in streams.items()}
-        self.losses, self.loss_weights, self.weights, self.matryoshka_dims = losses, loss_weights, weights, matryoshka_dims
+        self.losses, self.matryoshka_dims = recipe.losses, recipe.model.matryoshka_dims
+        self.loss_weights = LossWeights(recipe.tasks, recipe.losses.weighting)
+        self.weights: dict[str, Tensor] = {}  # float [C] per class
+        for name, spec in specs.items():
+            if recipe.tasks[name].class_weights != "none":  # which recipes refuse for regression
+                given = [example["labels"][name] for x in streams.values() if name in x.tasks for example in x.examples]
+                self.weights[name] = class_weights(label_counts(spec, given), recipe.tasks[name].class_weights)
 
-    def __call__(
-        self, model: Any, specs: dict[str, TaskSpec], pooling_mode: str, batch: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def __call__(self, model: MultiTaskModel, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns each task's own loss under its name, the embedding's "drift" if it is kept, and the sum as "loss".
 
         Args:
             model: The model.
-            specs: Its heads.
-            pooling_mode: Its pooling.
             batch: An item of a `BatchPlan`.
         """
+        specs, batch = model.config.task_specs, dict(batch)
         batch = dict(batch)
         tasks, labels, target = self.tasks[batch.pop("stream")], batch.pop("labels"), batch.pop("target", None)
         if "casing_ids" in batch and model.training:
@@ -168,7 +160,9 @@ class Objective:
             batch["casing_ids"] = batch["casing_ids"] * shown
         trains_embedding = target is not None or not all(x.has_head for x in tasks.values())
         out = model(**batch, tasks=[name for name in labels if name in specs], output_embedding=trains_embedding)
-        pooled = pool(out.last_hidden_state, batch["attention_mask"], pooling_mode) if trains_embedding else None
+        pooled = (
+            pool(out.last_hidden_state, batch["attention_mask"], model.config.pooling_mode) if trains_embedding else None
+        )
         found = {name: self._task_loss(name, tasks[name], specs.get(name), out, pooled, y) for name, y in labels.items()}
         weighted = [self.loss_weights(name, loss) for name, loss in found.items()]
         found["loss"] = sum(weighted[1:], start=weighted[0])

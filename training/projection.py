@@ -12,12 +12,10 @@ Axes: N texts, H the encoder's dimensions, E the embedding's, P the longest pref
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.files import environment_info, write_json
 from evaluation.embedding import (
     PAIR_SETS,
     PROBE_SETS,
@@ -53,7 +52,6 @@ VALIDATION_SETS = ("wnut17", "goemotions", "newsmtsc", "vader_sentiment", "conll
 VALIDATION_TEXTS = 1000
 VALIDATION_PAIRS = "stsb"
 SCALE_RATE = 0.02  # the learning rate of the temperatures
-LIBRARIES = ("torch", "transformers", "sentence-transformers", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -227,11 +225,6 @@ def check_data(data: Path) -> None:
         raise FileNotFoundError(f"{data} lacks the data sets {', '.join(missing)}; give --data the folder that holds them.")
 
 
-def write(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, help="folder or Hub id of the frozen encoder")
@@ -265,13 +258,13 @@ def main() -> None:
             for name, x in candidates.items()
         },
         "seconds": {"fitting": round(fitted - encoded)},
-        "libraries": {name: version(name) for name in LIBRARIES},
+        **environment_info(),
     }
-    write(args.results, content)
+    write_json(args.results, content)
     content["test"] = {}
     for name, figures in measure_embedding(encode, args.data, prefix_views(matrix.numpy(), SETTINGS.dims)):
         content["test"][name] = figures
-        write(args.results, content)  # the next set may take a while
+        write_json(args.results, content)  # the next set may take a while
     print(f"{args.output} holds the projection, {args.results} its figures.", file=sys.stderr)
 
 

@@ -12,34 +12,38 @@ for every split the number of rows and a fingerprint of its converted rows.
 import argparse
 import hashlib
 import json
-import re
+import shutil
 import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import field
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.error import HTTPError
 from urllib.parse import urljoin
 from urllib.request import Request, urlopen
 
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, List, Value, disable_progress_bars
+from pydantic import Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from common.data import DataError, load_split
+from common.recipe import CONFIG, describe
 from training.converters import CONVERTERS, Row, SourceError
+from weights_multitask import sha256 as file_sha256
 
 LIST = Path(__file__).with_name("sources.toml")
 # Which rows a split holds, where that was drawn once and follows from no rule: document numbers, or `row_key`s.
 SPLITS = Path(__file__).with_name("source_splits.json")
 SECONDS = 60  # without a byte, until a download counts as failed
-CHUNK = 1 << 16
-COLUMN_KINDS = ("text", "number", "tokens", "tags", "label", "labels")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+ColumnKind = Literal["text", "number", "tokens", "tags", "label", "labels"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class Source:
     """Where a data set comes from, and what it must hold.
 
@@ -51,7 +55,7 @@ class Source:
         commercial: Whether that includes commercial use.
         use: What this repository does with it.
         citation: The work to cite.
-        columns: Its columns, each with one of `COLUMN_KINDS`.
+        columns: Its columns, each with its kind.
         rows: Number of rows by split.
         labels: Label names, in order; for tags the kinds of entities, without "O" and prefixes.
         fingerprints: `fingerprint` by split.
@@ -71,17 +75,28 @@ class Source:
     commercial: bool
     use: str
     citation: str
-    columns: dict[str, str]
+    columns: dict[str, ColumnKind]
     rows: dict[str, int]
     labels: list[str] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
     compared: list[str] = field(default_factory=list)
     hub: str = ""
-    converter: str = ""
+    converter: Literal["", *CONVERTERS] = ""
     base: str = ""
     files: dict[str, str] = field(default_factory=dict)
-    sha256: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, Sha256] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def check(self) -> "Source":
+        """Raises a ValueError if nothing says how the source is fetched and converted."""
+        addresses = [urljoin(self.base, x) for x in self.files.values()]
+        known = bool(self.converter) and all(x.startswith(("https://", "http://127.0.0.1:")) for x in addresses)
+        if not self.hub and not (known and set(self.sha256) <= set(self.files)):
+            raise ValueError(
+                "give `hub`, or `converter`, `files` that begin (or `base` does) with https://, and sha256 of these"
+            )
+        return self
 
 
 # The list
@@ -97,33 +112,15 @@ def read_sources(path: Path = LIST) -> dict[str, Source]:
         listed = tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise SourceError(f"{path}: {error}.") from error
-    problems = [f"{path.name}, {name}: {x}" for name, entry in listed.items() for x in entry_problems(entry)]
+    sources, problems = {}, []
+    for name, entry in listed.items():
+        try:
+            sources[name] = Source(name=name, **entry)
+        except ValidationError as error:
+            problems += [f"{path.name}, {name}: {describe(x, Source)}" for x in error.errors()]
     if problems:
         raise SourceError("\n".join(problems))
-    return {name: Source(name=name, **entry) for name, entry in listed.items()}
-
-
-def entry_problems(entry: dict[str, Any]) -> Iterable[str]:
-    """Yields what is wrong with one data set of the list."""
-    known = [x for x in fields(Source) if x.name != "name"]
-    required = {x.name for x in known if x.default is MISSING and x.default_factory is MISSING}
-    if missing := sorted(required - set(entry)):
-        yield f"no field {', '.join(missing)}."
-    if unknown := sorted(set(entry) - {x.name for x in known}):
-        yield f"unknown field {', '.join(unknown)}; allowed: {', '.join(x.name for x in known)}."
-    for column, kind in entry.get("columns", {}).items():
-        if kind not in COLUMN_KINDS:
-            yield f"columns.{column} is {kind!r}; allowed: {', '.join(COLUMN_KINDS)}."
-    if entry.get("hub"):
-        return
-    if entry.get("converter") not in CONVERTERS:
-        yield f"converter is {entry.get('converter')!r}; allowed: {', '.join(CONVERTERS)}; or give `hub`."
-    for name, address in entry.get("files", {}).items():
-        if not urljoin(entry.get("base", ""), address).startswith(("https://", "http://127.0.0.1:")):
-            yield f"files.{name} is {address!r}; it must begin with https://, or `base` must."
-    for name, value in entry.get("sha256", {}).items():
-        if name not in entry.get("files", {}) or not re.fullmatch("[0-9a-f]{64}", value):
-            yield f"sha256.{name} is {value!r}; it must be 64 hexadecimal digits, for one of files."
+    return sources
 
 
 # Download
@@ -135,28 +132,24 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
     Raises:
         SourceError: The server does not give it, the connection ends early, or the content has another sum.
     """
-    digest, count = hashlib.sha256(), 0
     try:
         with (
             urlopen(Request(address, headers={"User-Agent": "training.sources"}), timeout=SECONDS) as response,
             path.open("wb") as file,
         ):
             announced = response.headers.get("Content-Length")
-            while chunk := response.read(CHUNK):
-                digest.update(chunk)
-                count += file.write(chunk)
+            shutil.copyfileobj(response, file)
     except HTTPError as error:
         raise SourceError(
             f"{address}: the server answers {error.code} ({error.reason}); correct the address in {LIST.name}."
         ) from error
     except (OSError, HTTPException) as error:
         raise SourceError(f"{address}: cannot be downloaded ({error}); run the command again.") from error
+    count, found = path.stat().st_size, file_sha256(path)
     if announced is not None and count != int(announced):
         raise SourceError(f"{address}: the connection ended after {count} of {announced} bytes; run the command again.")
-    if sha256 and digest.hexdigest() != sha256:
-        raise SourceError(
-            f"{address}: sha256 is {digest.hexdigest()}; {LIST.name} says {sha256}. The file is not the expected one."
-        )
+    if sha256 and found != sha256:
+        raise SourceError(f"{address}: sha256 is {found}; {LIST.name} says {sha256}. The file is not the expected one.")
 
 
 # Build

@@ -36,7 +36,6 @@ from transformers import (
 from common.data import (
     DataError,
     Example,
-    cut_texts,
     encode,
     fingerprint,
     has_split,
@@ -50,18 +49,17 @@ from common.files import environment_info, write_json
 from common.recipe import GRADIENT_SURGERY, Recipe, RecipeError, TaskRecipe
 from configuration_multitask import MultiTaskConfig
 from evaluation.calibrate import calibrate
-from evaluation.evaluate import NEIGHBOURS, average, drift, embed, measure
+from evaluation.evaluate import average, measure
 from evaluation.plots import learning_curves
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_optimizer
-from training.objectives import LossWeights, Objective, class_weights, label_counts
+from training.objectives import Objective
 from training.projection import principal_axes
 from training.sampler import BatchPlan, Stream
 from training.trainer import COMPLETE, Clock, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
 
 REHEARSED_ROWS = 100  # of each validation split
-DRIFT_TEXTS = 1000
 PROJECTION_TEXTS = 10_000  # enough to estimate the principal components of their vectors
 
 
@@ -123,14 +121,13 @@ def load_part(
     if part.limit is not None and part.limit < len(data):
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.run.seed))[: part.limit]
         data = data.select(sorted(chosen.tolist()))
-    labels = task_labels(part, data) if part.has_head else []
+    labels = task_labels(part, data)
     where = f"tasks.{key} ({part.dataset}, split {part.splits.get('train', 'train')})"
     examples = make_examples(part, data, labels, tokenizer, where)
-    cut = cut_texts(examples, tokenizer.model_max_length)
+    longest = tokenizer.model_max_length
+    cut = sum(any(len(ids) >= longest for ids in text_ids(example)) for example in examples)  # each may have lost its end
     if cut:
-        print(
-            f"{where}: {cut:,} of {len(examples):,} examples fill all {tokenizer.model_max_length} tokens; no more is read."
-        )
+        print(f"{where}: {cut:,} of {len(examples):,} examples fill all {longest} tokens; no more is read.")
     return labels, examples, {"rows": len(data), "sha256": fingerprint(part, data), "cut": cut}
 
 
@@ -237,18 +234,6 @@ def add_targets(streams: dict[str, Stream], recipe: Recipe, encoder: Any, pad_to
             example["target"] = target
 
 
-def new_objective(recipe: Recipe, model: MultiTaskModel, streams: dict[str, Stream]) -> Objective:
-    """Returns the loss of the run's batches."""
-    specs = model.config.task_specs
-    weights = {}
-    for name, spec in specs.items():
-        if recipe.tasks[name].class_weights != "none":  # which recipes refuse for regression
-            given = [example["labels"][name] for x in streams.values() if name in x.tasks for example in x.examples]
-            weights[name] = class_weights(label_counts(spec, given), recipe.tasks[name].class_weights)
-    loss_weights = LossWeights(recipe.tasks, recipe.losses.weighting)
-    return Objective(streams, recipe.losses, loss_weights, weights, recipe.model.matryoshka_dims)
-
-
 def preflight(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     """Reads the validation splits and measures the untrained model on a part of them.
 
@@ -263,36 +248,18 @@ def preflight(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe:
             print(f"tasks.{name}: {task.dataset} has no validation split; it is not measured, and no part of the average.")
             continue
         data = load_task_split(task, "validation")
-        labels = task_labels(task, data) if task.has_head else []
-        make_examples(task, data, labels, tokenizer, f"tasks.{name} ({task.dataset}, validation split)")
+        make_examples(task, data, task_labels(task, data), tokenizer, f"tasks.{name} ({task.dataset}, validation split)")
     short = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, validation_rows=REHEARSED_ROWS))
     if "average" not in validate(model, tokenizer, short) and recipe.run.evaluations:
         raise RecipeError(f"run.evaluations is {recipe.run.evaluations}, and no task's data set has a validation split")
 
 
 def validate(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, float]:
-    """Returns what the validation splits give.
-
-    That is every metric as "<task>_<metric>", the "average" of the tasks' main ones if there are any, and how near the
-    embedding is to the starting encoder's: "cosine_raw" and "neighbours_at_10", see `evaluation.evaluate.drift`.
-    """
+    """Returns every metric of the validation splits as "<task>_<metric>", and the "average" of the tasks' main ones if any."""
     pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)
     found = measure(pipe, recipe, "validation", limit=recipe.run.validation_rows)
     metrics = {f"{name}_{key}": value for name, x in found.items() for key, value in x["metrics"].items()}
-    texts = validation_texts(recipe)
-    if len(texts) > NEIGHBOURS:
-        metrics.update(drift(texts, embed(pipe, texts, [], recipe.model.encoder), intervals=False)[0])
     return {**metrics, "average": average(found, recipe)} if found else metrics
-
-
-def validation_texts(recipe: Recipe) -> list[str]:
-    """Returns some distinct texts of the tasks' validation splits, on which the embedding's drift is measured."""
-    texts: list[Any] = []
-    for task in recipe.parts.values():
-        if has_split(task, "validation"):
-            rows = recipe.run.validation_rows or DRIFT_TEXTS
-            texts += load_task_split(task, "validation")[task.text_columns[0]][: min(rows, DRIFT_TEXTS) // len(recipe.parts)]
-    return list(dict.fromkeys(" ".join(x) if isinstance(x, list) else x for x in texts))
 
 
 def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[MultiTaskTrainer, dict[str, Any]]:
@@ -313,7 +280,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
     if recipe.losses.preserve_weight:
         add_targets(streams, recipe, encoder, tokenizer.pad_token_id)
     freeze(model, recipe.freezing)
-    objective = new_objective(recipe, model, streams)
+    objective = Objective(streams, recipe, model.config.task_specs)
     trainer = MultiTaskTrainer(
         model=model,
         args=args,

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from common.recipe import GRADIENT_SURGERY, Recipe, RecipeError
@@ -75,15 +75,6 @@ class GradientSurgery:
         self.gradients, self.touched = {}, set()
 
 
-class TaskProgress(ProgressCallback):
-    """A progress bar that shows the latest mean loss of each task."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            losses = {name.removeprefix("loss_"): x for name, x in (logs or {}).items() if name.startswith("loss_")}
-            self.training_bar.set_postfix({name: f"{x:.3f}" for name, x in losses.items()})
-
-
 class ClearGradients(TrainerCallback):
     """Clears gradients that the Trainer, which knows the model's alone, does not; after a step that was skipped, too.
 
@@ -122,25 +113,22 @@ class MultiTaskTrainer(Trainer):
         if surgery:
             named = [(name, x) for name, x in self.model.named_parameters() if x.requires_grad]
             self.surgery = GradientSurgery([x for name, x in named if not name.startswith("heads.")])
-        self.remove_callback(ProgressCallback)
-        self.add_callback(TaskProgress())
         self.add_callback(ClearGradients(self.objective.loss_weights))
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
         """Returns the batch's loss.
 
         Raises:
             TrainingError: It is not finite.
         """
-        config = self.model.config
-        losses = self.objective(model, config.task_specs, config.pooling_mode, inputs)
+        losses = self.objective(model, inputs)
         for name, value in losses.items():
             if name != "loss":
                 self.reported[name].append(value.item())
         if not torch.isfinite(losses["loss"]):
             reason = f"the loss of {inputs['stream']!r} is {losses['loss'].item()}"
             raise TrainingError(self._stopped(self.state.global_step + 1, reason))
-        return (losses["loss"], losses) if return_outputs else losses["loss"]
+        return losses["loss"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         stream = inputs["stream"]
