@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.recipe import NO_LABEL, SCORED_PAIRS, TaskRecipe, is_entities, label_names
-from configuration_multitask import TOKEN
+from configuration_multitask import TOKEN, is_number
 from modeling_multitask import IGNORE_INDEX, pool
 from pipeline_multitask import Span, Window, find_words
 
@@ -342,7 +342,7 @@ def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
 
 
 def _score(value: Any, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         raise DataError(f"{place}: score {value!r} is no number.")
     return float(value)
 

@@ -414,18 +414,22 @@ def _check_values(recipe: Recipe, data: Path | None) -> list[str]:
     """Returns a line for each value that has the right type and is still not allowed."""
     problems = [] if recipe.tasks else ["tasks is empty; a run needs at least one task"]
     for name, task in recipe.tasks.items():
-        problems += [f"tasks.{name}.{problem}" for problem in _task_problems(task, data)]
+        problems += [f"tasks.{name}.{problem}" for problem in _task_problems(task)]
         if name in ("loss", "drift"):
             problems.append(f"tasks has the task name {name!r}, under which training reports something else")
         try:
             check_task_name(name)
         except ValueError as error:
             problems.append(str(error))
+    unknown = [] if data is None else [key for key, part in recipe.parts.items() if part.folder is None]
+    problems += [
+        f"tasks.{key.replace('/', '.datasets.')}.folder is missing; --data needs the folder's name" for key in unknown
+    ]
     return problems + _contradictions(recipe)
 
 
-def _task_problems(task: TaskRecipe, data: Path | None) -> list[str]:
-    problems = _datasets_problems(task, data) if task.datasets else _dataset_problems(task, data)
+def _task_problems(task: TaskRecipe) -> list[str]:
+    problems = _datasets_problems(task) if task.datasets else _dataset_problems(task)
     if task.rewrites and not task.has_head:
         problems.append(f"rewrites is given; a {task.kind} task has none")
     if (total := sum(task.rewrites.values())) > 1:
@@ -433,7 +437,7 @@ def _task_problems(task: TaskRecipe, data: Path | None) -> list[str]:
     return problems + _head_problems(task)
 
 
-def _dataset_problems(task: TaskRecipe, data: Path | None) -> list[str]:
+def _dataset_problems(task: TaskRecipe) -> list[str]:
     """Returns what is wrong with a task's only data set, or one of them as `TaskRecipe.parts` gives it."""
     if not task.dataset:
         return ["dataset is missing; name one, or several under `datasets`"]
@@ -442,14 +446,12 @@ def _dataset_problems(task: TaskRecipe, data: Path | None) -> list[str]:
         problems.append(f"text_columns is {task.text_columns}; a {task.kind} task needs {needed}")
     if not task.label_column:
         problems.append("label_column is missing; name the column of labels, tags or scores")
-    if data is not None and task.folder is None:
-        problems.append("folder is missing; --data needs to know the name of the data set's folder")
     if task.passage_rows > 1 and task.kind != TOKEN:
         problems.append(f"passage_rows is {task.passage_rows}; only {TOKEN} tasks join their rows")
     return problems + _mapping_problems(task)
 
 
-def _datasets_problems(task: TaskRecipe, data: Path | None) -> list[str]:
+def _datasets_problems(task: TaskRecipe) -> list[str]:
     single, default = [x.name for x in dataclasses.fields(DatasetRecipe)], TaskRecipe(kind=task.kind)
     given = [key for key in single if getattr(task, key) != getattr(default, key)]
     problems = [f"{key} is given beside datasets; give it for each data set" for key in given]
@@ -462,7 +464,7 @@ def _datasets_problems(task: TaskRecipe, data: Path | None) -> list[str]:
         f"datasets names {place!r} {places.count(place)} times" for place in sorted(set(places)) if places.count(place) > 1
     ]
     for key, part in task.parts("").items():
-        problems += [f"datasets.{key[1:]}.{x}" for x in _dataset_problems(part, data)]
+        problems += [f"datasets.{key[1:]}.{x}" for x in _dataset_problems(part)]
     return problems
 
 

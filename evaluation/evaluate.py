@@ -63,13 +63,13 @@ from evaluation.metrics import (
     regression_metrics,
     similarity_metrics,
 )
+from learning_multitask import read
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import (
     EKMAN,
     Record,
     Span,
     group_scores,
-    length_batches,
     mean_over_windows,
     merge_words,
     text_chunks,
@@ -285,12 +285,8 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
     """
     is_token, annotator = pipe.model.config.task_specs[name].kind == TOKEN, pipe.annotator
     for chunk in text_chunks(texts):
-        windows = annotator.windows(chunk, [name])
-        for batch in length_batches(windows, annotator.batch_tokens):
-            annotator.run(batch, [name])
-        by_text: list[list[Any]] = [[] for _ in chunk]
-        for window in windows:
-            by_text[window.text].append(window)
+        by_text = list(read(annotator, name, chunk, False))
+        windows = [window for group in by_text for window in group]
         for record, group in zip(annotator.records(chunk, windows, [name], None), by_text, strict=True):
             if is_token:
                 yield record, *merge_words(name, group)

@@ -127,34 +127,32 @@ def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains
     splits: Splits = {}
     for name, path in files.items():
         split, _, domain = name.partition("/")
-        for sentence in sentences(path, max(token, tag) + 1):
-            words = [cells[token] for _, cells in sentence]
-            places = [f"{path.name}, row {row}, column {tag + 1}" for row, _ in sentence]
-            tags = bio_tags([cells[tag] for _, cells in sentence], mapping, places)
+        for _, lines in blocks(path):
+            rows = [line.split("\t") for _, line in lines]
+            places = [f"{path.name}, row {row}" for row, _ in lines]
+            for cells, place in zip(rows, places, strict=True):
+                if len(cells) <= max(token, tag):
+                    raise SourceError(f"{place}: {len(cells)} columns; there must be at least {max(token, tag) + 1}.")
+            tags = bio_tags([cells[tag] for cells in rows], mapping, [f"{place}, column {tag + 1}" for place in places])
+            words = [cells[token] for cells in rows]
             splits.setdefault(split, []).append(
                 {"tokens": words, "ner_tags": tags, **({"domain": domain} if domains else {})}
             )
     return splits
 
 
-def sentences(path: Path, width: int) -> Iterator[list[tuple[int, list[str]]]]:
-    """Yields each sentence of a column file as its rows: line number and cells. Lines that begin with "# " are comments.
-
-    Raises:
-        SourceError: A row has fewer than `width` columns.
-    """
-    sentence = []
+def blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
+    """Yields the comments, which begin with "# ", and the numbered lines of each block that blank lines delimit."""
+    comments: list[str] = []
+    lines: list[tuple[int, str]] = []
     for row, line in enumerate([*lines_of(text_of(path)), ""], 1):
         if line.startswith("# "):
-            continue
-        cells = line.split("\t")
-        if line.strip() and len(cells) < width:
-            raise SourceError(f"{path.name}, row {row}: {len(cells)} columns; there must be at least {width}.")
-        if line.strip():
-            sentence.append((row, cells))
-        elif sentence:
-            yield sentence
-            sentence = []
+            comments.append(line)
+        elif line.strip():
+            lines.append((row, line))
+        elif lines:
+            yield comments, lines
+            comments, lines = [], []
 
 
 def bio_tags(tags: list[str], mapping: dict[str, str], places: list[str]) -> list[str]:
@@ -214,18 +212,14 @@ def gum(files: Files, genres: list[str]) -> Splits:
     splits: Splits = {}
     for split, path in files.items():
         domain, fields = "", []
-        block: list[str] = []
-        for line in [*lines_of(text_of(path)), ""]:
-            if line.startswith("# newdoc id = "):
-                domain = line.split(" = ")[1].split("_")[1]
-            elif line.startswith("# global.Entity = "):
-                fields = line.split(" = ")[1].split("-")
-            elif line and not line.startswith("#"):
-                block.append(line)
-            elif not line and block:
-                if domain in genres:
-                    splits.setdefault(split, []).append({**gum_row(block, fields, path.name), "domain": domain})
-                block = []
+        for comments, lines in blocks(path):
+            for comment in comments:
+                name, _, value = comment.removeprefix("# ").partition(" = ")
+                domain = value.split("_")[1] if name == "newdoc id" else domain
+                fields = value.split("-") if name == "global.Entity" else fields
+            if domain in genres:
+                row = gum_row([line for _, line in lines], fields, path.name)
+                splits.setdefault(split, []).append({**row, "domain": domain})
     return splits
 
 
