@@ -26,12 +26,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from common.data import (
     DataError,
