@@ -5,7 +5,7 @@ import torch
 
 from common.recipe import FreezingRecipe, GroupRecipe, OptimizerRecipe, RecipeError
 from tests.conftest import tiny_model
-from training.freezing import depth, first_step, freeze, is_frozen, learning_rate, merge_adapters, new_optimizer
+from training.freezing import depth, first_step, freeze, is_frozen, learning_rate, new_optimizer
 
 FAMILIES = ("bert", "roberta", "distilbert", "modernbert", "xlm-roberta")
 
@@ -103,7 +103,7 @@ def test_adapters_train_alone_and_are_merged_into_the_weights(family):
     model = tiny_model(family)
     names, inputs = set(model.state_dict()), torch.tensor([[1, 9, 8, 2]])
     before = model(inputs).last_hidden_state
-    freeze(model, FreezingRecipe(lora_rank=2))
+    adapters = freeze(model, FreezingRecipe(lora_rank=2))
     trained = {
         name for name, x in model.named_parameters() if x.requires_grad and not name.startswith(("heads.", "linear."))
     }
@@ -115,6 +115,6 @@ def test_adapters_train_alone_and_are_merged_into_the_weights(family):
                 x.normal_()
     adapted = model.eval()(inputs).last_hidden_state
     assert (adapted - before).abs().max() > 1e-3
-    merge_adapters(model)
+    adapters.merge_and_unload()
     assert set(model.state_dict()) == names
     torch.testing.assert_close(model(inputs).last_hidden_state, adapted, atol=1e-4, rtol=1e-4)

@@ -96,8 +96,8 @@ def new_optimizer(model: MultiTaskModel, recipe: OptimizerRecipe, others: nn.Mod
     return torch.optim.AdamW([{"params": x, "lr": lr, "weight_decay": decay} for (lr, decay), x in groups.items()])
 
 
-def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> None:
-    """Marks what never trains, and puts the adapters in if the recipe asks for them.
+def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> Any:
+    """Marks what never trains; returns peft's `LoraModel`, or None if the recipe asks for no adapters.
 
     A frozen encoder has no dropout either: under a task branch, training sees the very vectors that inference sees.
 
@@ -119,35 +119,18 @@ def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> None:
         for module in model.encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    if recipe.lora_rank:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
+    if not recipe.lora_rank:
+        return None
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
 
-        tuned = tuned_part(model)
-        linear = [name for name, module in tuned.named_modules() if isinstance(module, nn.Linear)]
-        config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=linear)
-        adapted = LoraModel(tuned, config, "default")  # changes the layers in place
-        adapted.model.requires_grad_(False)
-        for name, parameter in tuned.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-
-
-def tuned_part(model: MultiTaskModel) -> nn.Module:
-    """Returns what adapters adapt: the layers of the task branch, or without one the encoder."""
-    return model.encoder if model.task_branch is None else model.task_branch.layers
-
-
-def merge_adapters(model: MultiTaskModel) -> None:
-    """Adds low-rank adapters, if there are any, to the weights that they adapt, and removes them."""
-    part = tuned_part(model)
-    tuned = [module for module in part.modules() if hasattr(module, "lora_A")]
-    for module in tuned:
-        module.merge()
-    for name, module in list(part.named_modules()):
-        if module in tuned:
-            part.set_submodule(name, module.get_base_layer())
-    if tuned:
-        part.requires_grad_(True)
+    tuned = model.encoder if model.task_branch is None else model.task_branch.layers
+    linear = [name for name, module in tuned.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=linear)
+    adapters = LoraModel(tuned, config, "default")  # changes the layers in place
+    for name, parameter in tuned.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return adapters
 
 
 class UnfreezeOnSchedule(TrainerCallback):

@@ -48,7 +48,7 @@ from evaluation.evaluate import average, measure
 from evaluation.plots import learning_curves
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
-from training.freezing import UnfreezeOnSchedule, freeze, merge_adapters, new_optimizer
+from training.freezing import UnfreezeOnSchedule, freeze, new_optimizer
 from training.objectives import Objective
 from training.projection import principal_axes
 from training.sampler import BatchPlan, Stream
@@ -274,7 +274,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         start_projection(model, encoder, recipe, streams, tokenizer.pad_token_id)
     if recipe.losses.preserve_weight:
         add_targets(streams, recipe, encoder, tokenizer.pad_token_id)
-    freeze(model, recipe.freezing)
+    adapters = freeze(model, recipe.freezing)
     objective = Objective(streams, recipe, model.config.task_specs)
     trainer = MultiTaskTrainer(
         model=model,
@@ -286,6 +286,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         optimizers=(new_optimizer(model, recipe.optimizer, objective.loss_weights), None),
         callbacks=[UnfreezeOnSchedule(model, recipe.freezing), Clock()],
         objective=objective,
+        adapters=adapters,
         evaluator=lambda: validate(model, tokenizer, recipe),
         surgery=recipe.losses.weighting == GRADIENT_SURGERY,
     )
@@ -388,7 +389,8 @@ def train_alone(recipe: Recipe, output: Path, resume: bool) -> MultiTaskModel:
 def finish(trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Merges adapters, fits temperatures, and writes the trained model, its metrics and the run's history."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # measured as it will be used
-    merge_adapters(model)
+    if trainer.adapters is not None:
+        trainer.adapters.merge_and_unload()
     tokenizer.save_pretrained(output / "final")
     model.save_pretrained(output / "final")
     if recipe.run.calibrate:

@@ -95,6 +95,7 @@ class MultiTaskTrainer(Trainer):
         objective: Gives a batch's losses.
         evaluator: Returns the metrics of the validation splits, "average" among them.
         surgery: Whether the gradients of a step's tasks are joined by `GradientSurgery`.
+        adapters: What `training.freezing.freeze` returned; merged when the run is over.
     """
 
     def __init__(
@@ -103,10 +104,11 @@ class MultiTaskTrainer(Trainer):
         objective: Objective,
         evaluator: Callable[[], dict[str, float]] | None = None,
         surgery: bool = False,
+        adapters: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.objective, self.evaluator = objective, evaluator
+        self.objective, self.evaluator, self.adapters = objective, evaluator, adapters
         self.objective.loss_weights.to(self.args.device)
         self.reported: dict[str, list[float]] = defaultdict(list)  # each task's losses since the last report
         self.surgery = None
