@@ -139,10 +139,7 @@ class TaskRecipe(SourceRecipe):
         """Returns the same task on each of its data sets alone, by "<task>/<data set>"; on a single one, itself by its name."""
         if not self.datasets:
             return {name: self}
-        fields = {
-            key: {x.name: getattr(part, x.name) for x in dataclasses.fields(part)} for key, part in self.datasets.items()
-        }
-        return {f"{name}/{key}": dataclasses.replace(self, datasets={}, **values) for key, values in fields.items()}
+        return {f"{name}/{key}": dataclasses.replace(self, datasets={}, **vars(part)) for key, part in self.datasets.items()}
 
     @property
     def has_head(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 from common.recipe import Recipe
 from training.train import new_trainer
@@ -74,8 +74,7 @@ class GradientProbe(TrainerCallback):
 
 def gradient_conflicts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Returns under "gradients" what a `GradientProbe` finds during a run of the recipe."""
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
-    trainer, facts = new_trainer(recipe, folder, tokenizer)
+    trainer, facts = new_trainer(recipe, folder)
     probe = GradientProbe(trainer)
     trainer.add_callback(probe)
     trainer.train()

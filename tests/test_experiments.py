@@ -15,7 +15,7 @@ from experiments import report, run
 from experiments.conflicts import GradientProbe
 from experiments.reading import each_word_by_itself, joined
 from pipeline_multitask import BioScheme
-from tests.conftest import ROOT, tiny_tokenizer
+from tests.conftest import ROOT
 from tests.test_training import Workshop, same
 from training.train import new_trainer
 from training.trainer import MultiTaskTrainer
@@ -125,7 +125,7 @@ def test_finished_cells_are_skipped_and_a_failing_one_is_named(place, monkeypatc
 def test_comparing_gradients_leaves_a_run_as_it_is(tmp_path):
     workshop = Workshop(tmp_path)
     recipe = Recipe.read(workshop.write("mood", "ner"), overrides=["losses.preserve_weight=0.5"])
-    trainers = [new_trainer(recipe, tmp_path / f"run{i}", tiny_tokenizer())[0] for i in range(2)]
+    trainers = [new_trainer(recipe, tmp_path / f"run{i}")[0] for i in range(2)]
     probe = GradientProbe(trainers[0])
     trainers[0].add_callback(probe)
     for trainer in trainers:
@@ -140,7 +140,7 @@ def test_comparing_gradients_leaves_a_run_as_it_is(tmp_path):
 
 def test_a_gradient_has_the_direction_of_autograds(tmp_path):
     workshop = Workshop(tmp_path)
-    trainer, _ = new_trainer(Recipe.read(workshop.write("mood")), tmp_path / "run", tiny_tokenizer())
+    trainer, _ = new_trainer(Recipe.read(workshop.write("mood")), tmp_path / "run")
     probe = GradientProbe(trainer)
     trainer.model.eval()
     halves = [probe.gradients(start)["mood"] for start in range(2)]

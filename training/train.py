@@ -52,7 +52,7 @@ from training.freezing import UnfreezeOnSchedule, freeze, new_optimizer
 from training.objectives import Objective
 from training.projection import principal_axes
 from training.sampler import BatchPlan, Stream
-from training.trainer import COMPLETE, Clock, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
+from training.trainer import COMPLETE, MultiTaskTrainer, TrainingError, newest_checkpoint, training_arguments
 
 REHEARSED_ROWS = 100  # of each validation split
 PROJECTION_TEXTS = 10_000  # enough to estimate the principal components of their vectors
@@ -257,13 +257,18 @@ def validate(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: 
     return {**metrics, "average": average(found, recipe)} if found else metrics
 
 
-def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[MultiTaskTrainer, dict[str, Any]]:
+def new_trainer(recipe: Recipe, output: Path) -> tuple[MultiTaskTrainer, dict[str, Any]]:
     """Returns a trainer that is ready to run, and what to note of its data sets.
 
     Raises:
         RecipeError: The recipe does not fit its encoder or its data.
         ValueError: A data set does not hold what the recipe says.
     """
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
+    if tokenizer.pad_token_id is None:
+        raise RecipeError(
+            f"the tokenizer of {recipe.model.encoder} has no padding token; set its pad_token and save it again"
+        )
     streams, labels, facts = load_streams(recipe, tokenizer)
     set_seed(recipe.run.seed)
     model, encoder = new_model(recipe, labels)
@@ -284,7 +289,7 @@ def new_trainer(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
         data_collator=lambda items: items[0],  # an item of the plan is a whole batch
         processing_class=tokenizer,
         optimizers=(new_optimizer(model, recipe.optimizer, objective.loss_weights), None),
-        callbacks=[UnfreezeOnSchedule(model, recipe.freezing), Clock()],
+        callbacks=[UnfreezeOnSchedule(model, recipe.freezing)],
         objective=objective,
         adapters=adapters,
         evaluator=lambda: validate(model, tokenizer, recipe),
@@ -362,13 +367,8 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
 def train_alone(recipe: Recipe, output: Path, resume: bool) -> MultiTaskModel:
     """Does what `train` says, in a folder that no other process writes to."""
     checkpoint = check_folder(output, recipe, resume)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.encoder, model_max_length=recipe.model.max_length)
-    if tokenizer.pad_token_id is None:
-        raise RecipeError(
-            f"the tokenizer of {recipe.model.encoder} has no padding token; set its pad_token and save it again"
-        )
-    trainer, facts = new_trainer(recipe, output, tokenizer)
-    preflight(trainer.model, tokenizer, recipe)
+    trainer, facts = new_trainer(recipe, output)
+    preflight(trainer.model, trainer.processing_class, recipe)
     if checkpoint is not None:
         before = json.loads((output / "run.json").read_text("utf-8"))["data"]
         if changed := [name for name, x in facts.items() if before.get(name) != x]:
@@ -382,13 +382,14 @@ def train_alone(recipe: Recipe, output: Path, resume: bool) -> MultiTaskModel:
     write_json(output / "recipe.json", as_json(recipe))
     write_json(output / "run.json", {"command": sys.argv, **sizes, "data": facts, **environment_info()})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finish(trainer, recipe, output, tokenizer)
+    finish(trainer, recipe, output)
     return trainer.model
 
 
-def finish(trainer: MultiTaskTrainer, recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def finish(trainer: MultiTaskTrainer, recipe: Recipe, output: Path) -> None:
     """Merges adapters, fits temperatures, and writes the trained model, its metrics and the run's history."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # measured as it will be used
+    tokenizer = trainer.processing_class
     if trainer.adapters is not None:
         trainer.adapters.merge_and_unload()
     tokenizer.save_pretrained(output / "final")

@@ -27,17 +27,6 @@ class TrainingError(Exception):
     """Training cannot continue; the message says at which step, why, and what remains."""
 
 
-class Clock(TrainerCallback):
-    """Notes with each report, as `seconds`, how long the run has trained, what it did before it was resumed included."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Checkpoints of earlier versions note none.
-        self.started = time.monotonic() - (state.log_history[-1].get("seconds", 0) if state.log_history else 0)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 1)
-
-
 class GradientSurgery:
     """Collects the gradient of each task of a step on what they share, and joins them by PCGrad (Yu et al. 2020).
 
@@ -150,7 +139,8 @@ class MultiTaskTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds each task's mean loss since the last report of losses."""
+        """Adds how many seconds the run has trained, resumed or not, and each task's mean loss since the last report of losses."""
+        logs = {**logs, "seconds": round(time.monotonic() - self.started, 1)}
         if "loss" in logs:
             logs = {**logs, **{f"loss_{name}": sum(x) / len(x) for name, x in self.reported.items()}}
             self.reported.clear()
@@ -181,8 +171,9 @@ class MultiTaskTrainer(Trainer):
         )
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        """Finds the best checkpoint again where the run folder lies now."""
+        """Finds the best checkpoint again where the run folder lies now, and how long the run had trained."""
         found = super()._init_training_state(*args, **kwargs)
+        self.started = time.monotonic() - (self.state.log_history[-1].get("seconds", 0) if self.state.log_history else 0)
         best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
         if self.state.best_global_step and best.is_dir():
             self.state.best_model_checkpoint = str(best)
