@@ -186,6 +186,7 @@ def with_part(**fields):
         (with_part(passage_rows=2), "datasets.a.passage_rows is 2; only token_classification"),
         (several(task={"labels": None}), "tasks.mood.labels is missing; a task with several data sets names its own"),
         (several(task={"dataset": "dc"}), "tasks.mood.dataset is given beside datasets"),
+        (several(task={"epochs": 2.0}), "tasks.mood.epochs is given beside datasets"),
         (
             several(task={"rewrites": {"shout": 0.1}}),
             "tasks.mood.rewrites.shout is 'shout'; it must be 'lower', 'upper', 'title' or 'bare'",
