@@ -169,15 +169,14 @@ def bio_tags(tags: list[str], mapping: dict[str, str], places: list[str]) -> lis
 
 def docred(files: Files, mapping: dict[str, str], splits: dict[str, list[str]]) -> Splits:
     """Returns the sentences of Re-DocRED's documents; `splits` names those of the file "train" that are for validation."""
-    found = {
+    rows = {
         name: [row for document in read_json(path, list) for row in document_rows(document, path.name, mapping)]
         for name, path in files.items()
     }
-    listed = set(splits["validation"])
-    is_listed = [row_key(" ".join(row["tokens"])) in listed for row in found["train"]]
-    train = [row for row, yes in zip(found["train"], is_listed, strict=True) if not yes]
-    validation = [row for row, yes in zip(found["train"], is_listed, strict=True) if yes]
-    return {"train": train, "validation": validation, "test": found["test"]}
+    listed, found = set(splits["validation"]), {"train": [], "validation": [], "test": rows["test"]}
+    for row in rows["train"]:
+        found["validation" if row_key(" ".join(row["tokens"])) in listed else "train"].append(row)
+    return found
 
 
 def document_rows(document: Any, file: str, mapping: dict[str, str]) -> list[Row]:
