@@ -7,8 +7,8 @@ Both give `last_hidden_state`, `sentence_embedding`, `encoder_embedding` and `lo
 `input_ids` and `attention_mask`; `token_type_ids` and `casing_ids`, where the model reads them, may be left out and are zero
 then. ONNX Runtime computes a whole graph whatever is asked of it, so a model with a task branch gets two more files beside
 each, `*_embedding.onnx` and `*_tasks.onnx`: graphs of the embeddings alone and of the logits alone, which read their weights
-from the file of the whole graph. The latter requires `casing_ids`, so that no consumer forgets it. With --data, both are measured on the data sets of
-release.toml, into results/onnx.json. Axes: B batch, T tokens, N texts or tokens.
+from the file of the whole graph. The latter requires `casing_ids`, so that no consumer forgets it. With --data, both are
+measured on the data sets of release.toml, into results/onnx.json. Axes: B batch, T tokens, N texts or tokens.
 """
 
 import argparse
