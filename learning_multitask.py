@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,12 +52,7 @@ MUCH_MEMORY = 1e9  # bytes of features from which on the user is told
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the mean over items of -log p(label).
-
-    Args:
-        logits: float [N, C].
-        labels: int [N], one label each; or 0/1 [N, C], any number of labels, judged one by one.
-    """
+    """Returns the mean of -log p(label) from logits, float [N, C], and labels, int [N], or 0/1 [N, C], judged one by one."""
     if labels.ndim == 1:
         shifted = logits - logits.max(axis=1, keepdims=True)
         return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]).mean())
@@ -64,13 +60,9 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the temperature in `TEMPERATURES` by which to divide the logits for the least negative log-likelihood.
+    """Returns the temperature by which to divide logits, float [N, C], for the least negative log-likelihood of the labels.
 
-    It has three decimals, and is 1 where nothing is gained, for instance if all logits are equal.
-
-    Args:
-        logits: float [N, C], without any temperature.
-        labels: int [N], or 0/1 [N, C] for multi-label tasks.
+    Labels are int [N], or 0/1 [N, C]. The temperature lies in `TEMPERATURES`, and is 1 where nothing is gained.
     """
     logits = logits.astype(float)
 
@@ -86,14 +78,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
-    """Returns for each label the probability in `THRESHOLDS` from which to answer it, for the best F1 on these items.
+    """Returns each label's threshold in `THRESHOLDS` with the best F1; probabilities are float [N, C], truth is 0/1 [N, C].
 
     A label with fewer than `RARE` items gets the threshold that is best for all labels together: its own would be chance.
     Without any item, it is 0.5 for all.
-
-    Args:
-        probabilities: float [N, C].
-        truth: 0/1 [N, C].
     """
     if not truth.any():
         return [0.5] * truth.shape[1]
@@ -143,13 +131,10 @@ class Examples:
         """Returns the labels of texts: int [N] (label), 0/1 float [N, C] (labels) or float [N, 1] (number)."""
         if self.kind == NUMBER:
             return torch.tensor(self.targets, dtype=torch.float32).unsqueeze(1)
+        if self.kind == LABELS:
+            return torch.tensor([[float(label in x) for label in self.labels] for x in self.targets])
         ids = {label: i for i, label in enumerate(self.labels)}
-        if self.kind == LABEL:
-            return torch.tensor([ids[x] for x in self.targets])
-        matrix = torch.zeros(len(self.targets), len(ids))
-        for row, present in enumerate(self.targets):
-            matrix[row, [ids[x] for x in present]] = 1
-        return matrix
+        return torch.tensor([ids[x] for x in self.targets])
 
 
 def plain(value: Any) -> Any:
@@ -190,13 +175,7 @@ def _common_kind(targets: list[Any], kept: list[int]) -> str:
 
 
 def read_examples(name: str, texts: Iterable[str], targets: Iterable[Any], labels: Sequence[str] | None) -> Examples:
-    """Returns the examples without the rows that lack a text or a label.
-
-    Args:
-        name: Name of the task; a number is called by it.
-        texts: Texts.
-        targets: Their labels, see `MultiTaskPipeline.add_task`.
-        labels: The label names in their order; None: sorted.
+    """Returns the examples without the rows that lack a text or a label; for the arguments see `MultiTaskPipeline.add_task`.
 
     Raises:
         ValueError: The examples are not what a head can learn from; the message says why and what to do.
@@ -340,10 +319,7 @@ def read(annotator: Any, name: str, texts: list[str], progress: bool) -> Iterato
             windows = annotator.windows(chunk, [name])
             for batch in length_batches(windows, annotator.batch_tokens):
                 annotator.run(batch, [name])
-            by_text: list[list[Window]] = [[] for _ in chunk]
-            for window in windows:
-                by_text[window.text].append(window)
-            yield from by_text
+            yield from (list(group) for _, group in groupby(windows, key=lambda window: window.text))
             bar.update(len(chunk))
 
 
@@ -351,10 +327,8 @@ def read_pooled(annotator: Any, name: str, texts: list[str], progress: bool, wid
     """Returns what text head `name` gives, float32 [texts, width], of long texts the mean over their windows."""
     found = np.empty((len(texts), width), dtype=np.float32)
     if found.nbytes > MUCH_MEMORY:
-        size = found.nbytes / 1e9
-        logger.warning(
-            f"The features of {len(texts):,} texts take {size:.1f} GB of memory, and fitting three times as much."
-        )
+        size = f"{found.nbytes / 1e9:.1f} GB"
+        logger.warning(f"The features of {len(texts):,} texts take {size} of memory, and fitting three times as much.")
     for row, windows in enumerate(read(annotator, name, texts, progress)):
         found[row] = mean_over_windows(windows, [window.logits[name] for window in windows])
     return found
@@ -481,7 +455,7 @@ def word_logits(head: Any, data: list[Words], casing_dropout: float = 0.0) -> Te
 def train_words(
     head: Any, data: list[Words], epochs: int, last: int, progress: bool, out: Sequence[Words] = ()
 ) -> tuple[int, float]:
-    """Trains a token head for `last` epochs of a schedule of `epochs`; returns how many it is left after, and its temperature.
+    """Trains a token head for `last` epochs of a schedule of `epochs`; returns the epoch it is left at and its temperature.
 
     Of windows held out, `out`, the epoch with the least loss decides; without any, it is the last, at a temperature of 1.
     """

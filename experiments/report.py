@@ -27,8 +27,8 @@ from release.card import fill
 GRAY = "#888888"  # readable on white and on black
 STYLE = {
     "figure.constrained_layout.use": True, "savefig.transparent": True, "axes.facecolor": "none", "axes.edgecolor": GRAY,
-    "axes.labelcolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "axes.grid": True, "grid.color": GRAY, "grid.alpha": 0.25,
-    "legend.frameon": False, "legend.labelcolor": GRAY, "legend.fontsize": 8,
+    "axes.labelcolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "axes.grid": True,
+    "grid.color": GRAY, "grid.alpha": 0.25, "legend.frameon": False, "legend.labelcolor": GRAY, "legend.fontsize": 8,
 }  # fmt: skip
 TASKS = ("sentiment", "emotion", "ner", "similarity")
 MIN_SEEDS = 3  # of both settings, for a test

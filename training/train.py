@@ -250,7 +250,7 @@ def preflight(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe:
 
 
 def validate(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, float]:
-    """Returns every metric of the validation splits as "<task>_<metric>", and the "average" of the tasks' main ones if any."""
+    """Returns the metrics of the validation splits as "<task>_<metric>", and the "average" of the main ones if there are any."""
     pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer, device=model.device)
     found = measure(pipe, recipe, "validation", limit=recipe.run.validation_rows)
     metrics = {f"{name}_{key}": value for name, x in found.items() for key, value in x["metrics"].items()}

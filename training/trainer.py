@@ -139,7 +139,7 @@ class MultiTaskTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds how many seconds the run has trained, resumed or not, and each task's mean loss since the last report of losses."""
+        """Adds the seconds of training so far, resumed or not, and each task's mean loss since the last report of losses."""
         logs = {**logs, "seconds": round(time.monotonic() - self.started, 1)}
         if "loss" in logs:
             logs = {**logs, **{f"loss_{name}": sum(x) / len(x) for name, x in self.reported.items()}}
