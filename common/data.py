@@ -281,7 +281,11 @@ def make_examples(
         DataError: A row does not hold what it should; the message names it and the column.
     """
     if task.kind == TOKEN:
-        return _token_examples(task, data, labels, tokenizer, where)
+        rows, count = tagged_rows(task, data, labels, where), task.passage_rows
+        if count > 1:  # rows as they are, and longer texts, as people have them
+            groups = [rows[start : start + count] for start in range(0, len(rows), count)]
+            rows += [tuple(list(chain(*column)) for column in zip(*group, strict=True)) for group in groups]
+        return _tagged_examples(rows, labels, tokenizer)
     to_label, values = label_reader(task, data, labels, where), data[task.label_column]
     found = [to_label(value, f"{where}, row {row}, column {task.label_column}") for row, value in enumerate(values)]
     columns = [_texts(data, column, where) for column in task.text_columns]
@@ -333,34 +337,29 @@ def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
         found = label_id(value, source, place)
         return IGNORE_INDEX if found == IGNORE_INDEX else mapped[found]
 
-    if problem == "multi_label_classification":
-        unsaid = [labels.index(name) for name in task.unsaid]
-        return lambda value, place: _present(value, labels, unsaid, to_id, place)
-    return lambda value, place: (
-        _agreed(value, to_id, place) if task.mapping and isinstance(value, list) else to_id(value, place)
-    )
+    def several(value: Any, place: str) -> list[float]:
+        """Returns 1.0 for each label that is present, 0.0 for the others, and -100 for what is missing."""
+        if value is None:
+            return [float(IGNORE_INDEX)] * len(labels)
+        if not isinstance(value, list):
+            raise DataError(f"{place}: {value!r} is no list of labels.")
+        present = {to_id(x, place) for x in value}
+        return [float(IGNORE_INDEX) if name in task.unsaid else float(i in present) for i, name in enumerate(labels)]
+
+    def one(value: Any, place: str) -> int:
+        """Returns the label; of a list, the one that all of its labels map to but those that map to none, or else -100."""
+        if not task.mapping or not isinstance(value, list):
+            return to_id(value, place)
+        found = {to_id(x, place) for x in value} - {IGNORE_INDEX}
+        return found.pop() if len(found) == 1 else IGNORE_INDEX
+
+    return several if problem == "multi_label_classification" else one
 
 
 def _score(value: Any, place: str) -> float:
     if not is_number(value):
         raise DataError(f"{place}: score {value!r} is no number.")
     return float(value)
-
-
-def _present(value: Any, labels: list[str], unsaid: list[int], to_id: Callable[[Any, str], int], place: str) -> list[float]:
-    """Returns 1.0 for each label that is present, 0.0 for the others, and -100 for what is missing."""
-    if value is None:
-        return [float(IGNORE_INDEX)] * len(labels)
-    if not isinstance(value, list):
-        raise DataError(f"{place}: {value!r} is no list of labels.")
-    present = {to_id(x, place) for x in value}
-    return [float(IGNORE_INDEX) if i in unsaid else float(i in present) for i in range(len(labels))]
-
-
-def _agreed(values: list[Any], to_id: Callable[[Any, str], int], place: str) -> int:
-    """Returns the one label that all of a row's labels map to, leaving out those that map to none; -100 if they differ."""
-    found = {to_id(value, place) for value in values} - {IGNORE_INDEX}
-    return found.pop() if len(found) == 1 else IGNORE_INDEX
 
 
 def _numbers(value: Any, labels: list[str], place: str) -> list[float]:
@@ -372,16 +371,6 @@ def _numbers(value: Any, labels: list[str], place: str) -> list[float]:
     if len(numbers) != len(labels) or not well_formed:
         raise DataError(f"{place}: {value!r} is not {len(labels)} number(s), one for each of: {', '.join(labels)}.")
     return [float(x) for x in numbers]
-
-
-def _token_examples(
-    task: TaskRecipe, data: Dataset, labels: list[str], tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[Example]:
-    rows = tagged_rows(task, data, labels, where)
-    groups = [rows[start : start + task.passage_rows] for start in range(0, len(rows), task.passage_rows)]
-    if task.passage_rows > 1:  # rows as they are, and longer texts, as people have them
-        rows = rows + [tuple(list(chain(*column)) for column in zip(*group, strict=True)) for group in groups]
-    return _tagged_examples(rows, labels, tokenizer)
 
 
 def rewritten(example: Example, form: str, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -411,7 +411,8 @@ def _check_values(recipe: Recipe, data: Path | None) -> list[str]:
     """Returns a line for each value that has the right type and is still not allowed."""
     problems = [] if recipe.tasks else ["tasks is empty; a run needs at least one task"]
     for name, task in recipe.tasks.items():
-        problems += [f"tasks.{name}.{problem}" for problem in _task_problems(task)]
+        found = _datasets_problems(task) if task.datasets else _dataset_problems(task)
+        problems += [f"tasks.{name}.{problem}" for problem in found + _head_problems(task)]
         if name in ("loss", "drift"):
             problems.append(f"tasks has the task name {name!r}, under which training reports something else")
         try:
@@ -423,15 +424,6 @@ def _check_values(recipe: Recipe, data: Path | None) -> list[str]:
         f"tasks.{key.replace('/', '.datasets.')}.folder is missing; --data needs the folder's name" for key in unknown
     ]
     return problems + _contradictions(recipe)
-
-
-def _task_problems(task: TaskRecipe) -> list[str]:
-    problems = _datasets_problems(task) if task.datasets else _dataset_problems(task)
-    if task.rewrites and not task.has_head:
-        problems.append(f"rewrites is given; a {task.kind} task has none")
-    if (total := sum(task.rewrites.values())) > 1:
-        problems.append(f"rewrites adds up to {total:g}; shares of all texts are at most 1 together")
-    return problems + _head_problems(task)
 
 
 def _dataset_problems(task: TaskRecipe) -> list[str]:
@@ -496,6 +488,10 @@ def _head_problems(task: TaskRecipe) -> list[str]:
     """Returns what is wrong with the head's fields, and with the fields that only heads understand."""
     classifies = task.has_head and task.head.get("problem_type") != "regression"
     problems = []
+    if task.rewrites and not task.has_head:
+        problems.append(f"rewrites is given; a {task.kind} task has none")
+    if (total := sum(task.rewrites.values())) > 1:
+        problems.append(f"rewrites adds up to {total:g}; shares of all texts are at most 1 together")
     if not classifies and (task.class_weights != "none" or task.focal_gamma):
         problems.append("class_weights and focal_gamma are for classification only")
     if not task.has_head:

@@ -12,12 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
 
 from training import sources
 from training.converters import CONVERTERS, SourceError, row_key
-from training.sources import Source, build, differences, fetch, fingerprint, read_folder, read_sources
+from training.sources import Source, build, differences, fetch, fingerprint, read_sources
 
 LISTED = read_sources()
 
@@ -166,6 +167,11 @@ def convert(tmp_path: Path, name: str, files: dict[str, str | bytes], **options)
         paths[key] = tmp_path / f"{key.replace('/', '-')}.raw"
         paths[key].write_bytes(content.encode() if isinstance(content, str) else content)
     return CONVERTERS[LISTED[name].converter](paths, **{**LISTED[name].options, **options})
+
+
+def read_folder(folder: Path) -> dict[str, Dataset]:
+    """Returns the splits of a folder that `build` wrote."""
+    return {path.stem: Dataset(pq.read_table(path)) for path in folder.glob("*.parquet")}
 
 
 def tagged(row: dict) -> str:

@@ -232,7 +232,8 @@ def gum_row(block: list[str], fields: list[str], file: str) -> Row:
     kinds: list[str | None] = [None] * len(words)
     starts = set()
     for start, end, mention in sorted(mentions_of([row[9] for row in cells], fields), key=lambda x: (x[0] - x[1], x[0])):
-        kind, head = gum_kind(mention), gum_head(mention, start)
+        kind, first = gum_kind(mention), mention.get("minspan", "").split(",")[0]
+        head = start + int(first) - 1 if first.isdecimal() else -1
         run = next((run for run in name_runs(words, is_name, start, end) if head in range(*run)), None)
         if kind and run and is_name[head] and not any(kinds[slice(*run)]):
             kinds[slice(*run)] = [kind] * (run[1] - run[0])
@@ -274,12 +275,6 @@ def gum_kind(mention: dict[str, str]) -> str | None:
     etype = mention.get("etype", "")
     is_linked = bool(mention.get("identity")) and etype not in GUM_NEVER_NAMES
     return GUM_TYPES.get(etype, "MISC" if is_linked else None)
-
-
-def gum_head(mention: dict[str, str], start: int) -> int:
-    """Returns the place of a mention's first head word in its sentence, -1 if none is given."""
-    first = mention.get("minspan", "").split(",")[0]
-    return start + int(first) - 1 if first.isdecimal() else -1
 
 
 # Texts with labels

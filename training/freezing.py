@@ -84,15 +84,12 @@ def new_optimizer(model: MultiTaskModel, recipe: OptimizerRecipe, others: nn.Mod
     for group in recipe.groups:
         if not any(re.search(group.pattern, name) for name, _ in named):
             raise RecipeError(f"optimizer.groups: the pattern {group.pattern!r} matches no parameter that trains")
+    if not named:
+        raise RecipeError("the recipe freezes everything: no parameter would train")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, x in named:
+    for name, x in [*named, *(("heads.", x) for x in (others.parameters() if others else ()))]:
         decay = recipe.weight_decay if x.dim() > 1 else 0.0
         groups.setdefault((learning_rate(model, name, recipe), decay), []).append(x)
-    if not groups:
-        raise RecipeError("the recipe freezes everything: no parameter would train")
-    if extra := [] if others is None else list(others.parameters()):
-        rate = recipe.learning_rate if recipe.head_learning_rate is None else recipe.head_learning_rate
-        groups.setdefault((rate, 0.0), []).extend(extra)
     return torch.optim.AdamW([{"params": x, "lr": lr, "weight_decay": decay} for (lr, decay), x in groups.items()])
 
 

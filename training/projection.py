@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +202,6 @@ def sample(texts: Sequence[str], count: int, seed: int) -> list[str]:
     return [texts[i] for i in sorted(chosen)]
 
 
-def fitting_texts(data: Path, seed: int) -> list[str]:
-    """Returns the distinct texts to fit on."""
-    chosen = [sample(distinct_texts(data / name, "train"), TEXTS_PER_SET, seed) for name in FIT_SETS]
-    return list(dict.fromkeys(text for texts in chosen for text in texts))
-
-
 def validation_figures(encode: EncoderVectors, data: Path, seed: int, views: dict[str, View]) -> dict[str, dict[str, float]]:
     """Returns, for each view, overlap@10 on each validation set and Spearman's correlation on STS-B's validation pairs."""
 
@@ -240,7 +235,8 @@ def main() -> None:
     args = parse_arguments()
     check_data(args.data)
     encode = EncoderVectors(args.encoder, args.cache)
-    vectors = torch.from_numpy(encode(fitting_texts(args.data, args.seed)))
+    texts = [sample(distinct_texts(args.data / name, "train"), TEXTS_PER_SET, args.seed) for name in FIT_SETS]
+    vectors = torch.from_numpy(encode(list(dict.fromkeys(chain(*texts)))))
     encoded = time.monotonic()
     matrix = fit_projection(vectors, SETTINGS, args.seed, progress=True)
     fitted = time.monotonic()

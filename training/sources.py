@@ -25,7 +25,6 @@ from urllib.error import HTTPError
 from urllib.parse import urljoin
 from urllib.request import Request, urlopen
 
-import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, List, Value, disable_progress_bars
 from pydantic import Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -256,11 +255,6 @@ def differences(source: Source, data: dict[str, Dataset]) -> list[str]:
                 f"{source.name}, split {split}: {count} rows, but some are not those that the release was trained on."
             )
     return problems
-
-
-def read_folder(folder: Path) -> dict[str, Dataset]:
-    """Returns the splits of a folder that `build` wrote."""
-    return {path.stem: Dataset(pq.read_table(path)) for path in sorted(folder.glob("*.parquet"))}
 
 
 def main() -> None:
