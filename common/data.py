@@ -15,16 +15,17 @@ import torch
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.recipe import NO_LABEL, SCORED_PAIRS, TaskRecipe, is_entities, label_names
 from configuration_multitask import TOKEN, is_number
 from modeling_multitask import IGNORE_INDEX, pool
-from pipeline_multitask import Span, Window, find_words
+from pipeline_multitask import Span, Window, find_words, length_batches, pad_windows
 
 Example = dict[str, Any]
-ENCODED_TOGETHER = 64  # texts in a batch of `encode`
+ENCODED_TOKENS = 4096  # in a batch of `encode`
 
 
 class DataError(ValueError):
@@ -170,25 +171,18 @@ def label_map(task: TaskRecipe, source: list[str], labels: list[str], where: str
     Raises:
         DataError: The mapping names a label that the data set has not, or leaves one out; all are listed.
     """
-    mapping = task.mapping or {name: name for name in label_names(replace(task, labels=labels))}
-    entities = is_entities(replace(task, labels=labels))
-    types = {x[2:] if entities else x for x in source if not (entities and x == "O")}
+    task = replace(task, labels=labels)
+    entities = is_entities(task)
+    parts = [(name[:2], name[2:]) if entities else ("", name) for name in source]  # prefix and type; "O" has no type
+    mapping, types = task.mapping or {name: name for name in label_names(task)}, {kind for _, kind in parts if kind}
     problems = [
         f"mapping names {name!r}, which the data set has not" for name in sorted(set(mapping) - types) if task.mapping
     ]
     problems += [f"label {name!r} is mapped to nothing; add it to the mapping" for name in sorted(types - set(mapping))]
     if problems:
         raise DataError(f"{where}: {'; '.join(problems)}. The data set's labels are: {', '.join(sorted(types))}.")
-    found = []
-    for name in source:
-        if not entities:
-            target = mapping[name]
-            found.append(IGNORE_INDEX if target == NO_LABEL else labels.index(target))
-        elif name == "O" or mapping[name[2:]] == NO_LABEL:
-            found.append(labels.index("O"))
-        else:
-            found.append(labels.index(name[:2] + mapping[name[2:]]))
-    return found
+    nothing = labels.index("O") if entities else IGNORE_INDEX
+    return [labels.index(prefix + mapping[x]) if x and mapping[x] != NO_LABEL else nothing for prefix, x in parts]
 
 
 def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
@@ -439,17 +433,6 @@ def text_ids(example: Example) -> list[list[int]]:
     return ids if isinstance(ids[0], list) else [ids]
 
 
-def pad(rows: list[list[int]], value: int) -> Tensor:
-    """Returns rows of different lengths as one int [B, T] tensor."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
-
-
-def pad_batch(rows: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns tokenized texts as `input_ids` and `attention_mask`, int [B, T]."""
-    return {"input_ids": pad(rows, pad_token_id), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
-
-
 def make_batch(kinds: dict[str, str], examples: list[Example], pad_token_id: int) -> dict[str, Any]:
     """Returns examples as tensors: `input_ids`, `attention_mask`, for single texts `casing_ids`, and `labels` by task.
 
@@ -462,14 +445,19 @@ def make_batch(kinds: dict[str, str], examples: list[Example], pad_token_id: int
         pad_token_id: Fills up shorter rows.
     """
     sides = len(text_ids(examples[0]))
-    batch: dict[str, Any] = pad_batch([text_ids(x)[side] for side in range(sides) for x in examples], pad_token_id)
-    if "casing_ids" in examples[0]:
-        batch["casing_ids"] = pad([x["casing_ids"] for x in examples], 0)
+    rows = [(text_ids(x)[side], x.get("casing_ids", [])) for side in range(sides) for x in examples]
+    inputs = pad_windows([Window(0, ids, casings=casings) for ids, casings in rows], pad_token_id)
+    batch: dict[str, Any] = {name: torch.from_numpy(x) for name, x in inputs.items()}
+    if "casing_ids" not in examples[0]:
+        del batch["casing_ids"]
     batch["labels"] = {}
     for task, kind in kinds.items():
         labels = [x["labels"][task] for x in examples]
-        dtype = torch.float32 if kind == SCORED_PAIRS else None
-        batch["labels"][task] = pad(labels, IGNORE_INDEX) if kind == TOKEN else torch.tensor(labels, dtype=dtype)
+        if kind == TOKEN:
+            padded = pad_sequence([torch.tensor(x) for x in labels], batch_first=True, padding_value=IGNORE_INDEX)
+            batch["labels"][task] = padded
+        else:
+            batch["labels"][task] = torch.tensor(labels, dtype=torch.float32 if kind == SCORED_PAIRS else None)
     if "target" in examples[0]:
         batch["target"] = torch.cat([torch.stack([x["target"][side] for x in examples]) for side in range(sides)])
     return batch
@@ -481,11 +469,10 @@ def encode(encoder: Any, rows: list[list[int]], pooling_mode: str, pad_token_id:
 
     With `what`, a progress bar says what is read.
     """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     vectors = torch.empty(len(rows), encoder.config.hidden_size)
-    for start in tqdm(range(0, len(order), ENCODED_TOGETHER), desc=what, unit="batch", disable=what is None):
-        chosen = order[start : start + ENCODED_TOGETHER]
-        inputs = {name: x.to(encoder.device) for name, x in pad_batch([rows[i] for i in chosen], pad_token_id).items()}
-        hidden = encoder(**inputs).last_hidden_state
-        vectors[chosen] = pool(hidden, inputs["attention_mask"], pooling_mode).float().cpu()
+    batches = list(length_batches([Window(row, ids) for row, ids in enumerate(rows)], ENCODED_TOKENS))
+    for batch in tqdm(batches, desc=what, unit="batch", disable=what is None):
+        inputs = {name: torch.from_numpy(x).to(encoder.device) for name, x in pad_windows(batch, pad_token_id).items()}
+        hidden = encoder(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        vectors[[window.text for window in batch]] = pool(hidden, inputs["attention_mask"], pooling_mode).float().cpu()
     return vectors

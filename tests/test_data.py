@@ -12,7 +12,6 @@ from common.data import (
     load_split,
     make_batch,
     make_examples,
-    pad_batch,
     rewrite,
     rewritten,
     task_labels,
@@ -296,18 +295,13 @@ def test_what_is_missing_in_a_data_set_is_named(folder):
 # Batches
 
 
-def test_padding_and_masks():
-    batch = pad_batch([[1, 5, 2], [1, 2]], pad_token_id=0)
-    assert batch["input_ids"].tolist() == [[1, 5, 2], [1, 2, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-
-
 def test_a_batch_of_pairs_holds_all_first_texts_and_then_all_second_ones():
     examples = make(pairs(), [], a=["x", "y"], b=["xx", "yy"], y=[0.5, 1.0])
     for i, example in enumerate(examples):
         example["target"] = torch.tensor([[i, 0.0], [i, 1.0]])
     examples = [{**x, "labels": {"p": x["labels"]}} for x in examples]
     batch = make_batch({"p": "scored_pairs"}, examples, 0)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0]] * 2 + [[1, 1, 1, 1]] * 2 and "casing_ids" not in batch
     assert batch["input_ids"].tolist() == [[1, 91, 2, 0], [1, 92, 2, 0], [1, 91, 185, 2], [1, 92, 186, 2]]
     assert batch["target"].tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]] and batch["labels"]["p"].tolist() == [0.5, 1.0]
 
