@@ -12,6 +12,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -123,30 +124,25 @@ def cells_of(name: str, grid: dict[str, Any], found: Found) -> dict[str, dict[st
     return {row: {key: values(results, COLUMNS[key]) for key in keys} for row, results in rows_of(name, grid, found).items()}
 
 
-def comparisons(name: str, grid: dict[str, Any], found: Found) -> dict[Cell, float]:
-    """Returns the p-value of every cell that is compared: with the row that it is named after, or the table's first."""
-    rows = cells_of(name, grid, found)
-    against = {cell["name"]: cell["against"] for cell in grid["tables"][name]["cells"] if "against" in cell}
+def comparisons(grid: dict[str, Any], found: Found) -> dict[Cell, float]:
+    """Returns the p-value of every cell that is compared: with the row that it is named after, or its table's first."""
     tested = {}
-    for row, cells in rows.items():
-        for key in [key for key in cells if COLUMNS[key].compared]:
-            first = next((x for x in rows if rows[x][key]), row)
-            other = against.get(row, first)
-            p = None if other == row else p_value(cells[key], rows.get(other, {}).get(key, {}))
+    for name in sorted(found.keys() - {"base"}):
+        if grid["tables"][name].get("gradients"):
+            continue
+        rows = cells_of(name, grid, found)
+        against = {cell["name"]: cell["against"] for cell in grid["tables"][name]["cells"] if "against" in cell}
+        for row, key in product(rows, [key for key in grid["tables"][name]["columns"] if COLUMNS[key].compared]):
+            other = against.get(row, next((x for x in rows if rows[x][key]), row))
+            p = None if other == row else p_value(rows[row][key], rows.get(other, {}).get(key, {}))
             if p is not None:
                 tested[name, row, key] = p
     return tested
 
 
-def all_comparisons(grid: dict[str, Any], found: Found) -> dict[Cell, float]:
-    """Returns the p-value of every compared cell of all tables."""
-    tables = [name for name in found if name != "base" and not grid["tables"][name].get("gradients")]
-    return {cell: p for name in sorted(tables) for cell, p in comparisons(name, grid, found).items()}
-
-
 def significant(grid: dict[str, Any], found: Found) -> set[Cell]:
     """Returns the cells of all tables that differ at a false discovery rate of `RATE` (Benjamini and Hochberg 1995)."""
-    tested = all_comparisons(grid, found)
+    tested = comparisons(grid, found)
     if not tested:
         return set()
     adjusted = false_discovery_control(list(tested.values()), method="bh")
@@ -208,7 +204,7 @@ def render(text: str, results: Path = RESULTS) -> str:
         found = load(budget, results)
         bold = significant(grid, found)
         if f"<!-- comparisons-{budget} -->" in text:
-            tested = all_comparisons(grid, found)
+            tested = comparisons(grid, found)
             alone = sum(p <= RATE for p in tested.values())
             counts = f"Of {len(tested)} comparisons, {alone} have p ≤ {RATE} and {len(bold)} remain after the correction.\n"
             text = fill(text, f"comparisons-{budget}", counts)

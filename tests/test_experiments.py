@@ -209,7 +209,7 @@ def test_many_comparisons_are_corrected_for():
     """A difference that is significant alone is not so among many that are none."""
     rows = {f"noise {i}": [0.80 + i / 1000, 0.81, 0.79] for i in range(30)}
     grid, found = taught(base=[0.80, 0.81, 0.79], led=[0.82, 0.8255, 0.811], **rows)
-    alone = report.comparisons("taught", grid, found)["taught", "led", "ner"]
+    alone = report.comparisons(grid, found)["taught", "led", "ner"]
     assert 0.002 < alone < 0.05 and ("taught", "led", "ner") not in report.significant(grid, found)
 
 
