@@ -58,10 +58,8 @@ def load_split(name_or_path: str, split: str, columns: Iterable[str]) -> Dataset
         raise DataError(
             f"{name_or_path}: no split {split!r}; it has {', '.join(known)}. Name the data set's own in the task's `splits`."
         )
-    name, file_format = name_or_path, FILE_FORMATS.get(Path(name_or_path).suffix)
-    source = {"path": file_format, "data_files": {"train": name}} if file_format else hub_source(name)
     try:
-        data = load_dataset(**source, split=split)
+        data = load_dataset(**data_source(name_or_path), split=split)
     except (ValueError, DatasetGenerationError) as error:  # of no rows, `datasets` makes an error too
         raise DataError(f"{name_or_path}, split {split}: no rows, or none that can be read ({error}).") from error
     if missing := [column for column in columns if column not in data.column_names]:
@@ -76,9 +74,9 @@ def split_names(name_or_path: str) -> list[str]:
     Raises:
         DataError: There is no such data set.
     """
-    if Path(name_or_path).suffix in FILE_FORMATS and Path(name_or_path).is_file():
-        return ["train"]
-    source = hub_source(name_or_path)
+    source = data_source(name_or_path)
+    if "data_files" in source:
+        return list(source["data_files"])
     try:
         return get_dataset_split_names(source["path"], source.get("name"), revision=source.get("revision"))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
@@ -98,10 +96,10 @@ def public_name(dataset: str) -> str:
     return Path(dataset).name if Path(dataset).exists() else dataset
 
 
-def hub_source(name_or_path: str) -> dict[str, str]:
-    """Returns `load_dataset`'s arguments for "name", "name:subset", "name@revision" or "name@revision:subset"; a folder is
-    itself.
-    """
+def data_source(name_or_path: str) -> dict[str, Any]:
+    """Returns `load_dataset`'s arguments for a file, a folder, or a Hub id as `load_split` takes it."""
+    if Path(name_or_path).is_file() and (file_format := FILE_FORMATS.get(Path(name_or_path).suffix)):
+        return {"path": file_format, "data_files": {"train": name_or_path}}
     if Path(name_or_path).exists():
         return {"path": name_or_path}
     name, _, subset = name_or_path.partition(":")
@@ -454,8 +452,8 @@ def make_batch(kinds: dict[str, str], examples: list[Example], pad_token_id: int
     for task, kind in kinds.items():
         labels = [x["labels"][task] for x in examples]
         if kind == TOKEN:
-            padded = pad_sequence([torch.tensor(x) for x in labels], batch_first=True, padding_value=IGNORE_INDEX)
-            batch["labels"][task] = padded
+            tags = [torch.tensor(x) for x in labels]
+            batch["labels"][task] = pad_sequence(tags, batch_first=True, padding_value=IGNORE_INDEX)
         else:
             batch["labels"][task] = torch.tensor(labels, dtype=torch.float32 if kind == SCORED_PAIRS else None)
     if "target" in examples[0]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.data import (
     class_names,
-    hub_source,
+    data_source,
     load_split,
     make_batch,
     make_examples,
@@ -128,8 +128,8 @@ def test_a_scheme_without_inside_labels_has_none_for_further_words():
 
 
 def test_a_hub_data_set_has_a_subset_and_a_revision():
-    assert hub_source("a/b") == {"path": "a/b"} and hub_source("a/b:c") == {"path": "a/b", "name": "c"}
-    assert hub_source("a/b@refs/x/y:c") == {"path": "a/b", "name": "c", "revision": "refs/x/y"}
+    assert data_source("a/b") == {"path": "a/b"} and data_source("a/b:c") == {"path": "a/b", "name": "c"}
+    assert data_source("a/b@refs/x/y:c") == {"path": "a/b", "name": "c", "revision": "refs/x/y"}
 
 
 def test_rows_are_also_joined_to_passages():
