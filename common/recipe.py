@@ -294,7 +294,7 @@ class Recipe:
             only: Names of the tasks to keep; what does not fit the others is then no problem. Empty: all.
 
         Raises:
-            RecipeError: Keys are unknown, missing or of a wrong type or value, or the file is not TOML.
+            RecipeError: Keys are unknown, missing or of a wrong type or value, a task is not there, or the file is not TOML.
         """
         try:
             fields = tomllib.loads(Path(path).read_text("utf-8"))
@@ -304,8 +304,11 @@ class Recipe:
             _override(fields, setting)
         if encoder and isinstance(fields.setdefault("model", {}), dict):
             fields["model"]["encoder"] = encoder
-        if only:
-            fields["tasks"] = _chosen(fields.get("tasks", {}), only)
+        if only := list(only):
+            tasks = fields.get("tasks", {})
+            if unknown := [name for name in only if name not in tasks]:
+                raise RecipeError(f"no task {unknown}; the recipe's tasks are: {', '.join(tasks)}")
+            fields["tasks"] = {name: tasks[name] for name in only}
         return cls.build(fields, str(path), data)
 
     @classmethod
@@ -331,25 +334,6 @@ class Recipe:
     def parts(self) -> dict[str, TaskRecipe]:
         """Every task on each of its data sets alone, see `TaskRecipe.parts`."""
         return {key: part for name, task in self.tasks.items() for key, part in task.parts(name).items()}
-
-    def only(self, *names: str) -> "Recipe":
-        """Returns the same recipe with these tasks alone, for instance the single-task run of one.
-
-        Raises:
-            RecipeError: There is no such task.
-        """
-        return dataclasses.replace(self, tasks=_chosen(self.tasks, names))
-
-
-def _chosen(tasks: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Returns some of the tasks.
-
-    Raises:
-        RecipeError: There is no such task.
-    """
-    if unknown := [name for name in names if name not in tasks]:
-        raise RecipeError(f"no task {unknown}; the recipe's tasks are: {', '.join(tasks)}")
-    return {name: tasks[name] for name in names}
 
 
 def _local(task: TaskRecipe, data: Path) -> TaskRecipe:

@@ -480,9 +480,7 @@ def main() -> None:
     if neighbours and args.data and (args.data / neighbours[0]).exists():
         neighbours = [str(args.data / neighbours[0]), *neighbours[1:]]
     try:
-        recipe, public = Recipe.read(args.recipe, args.data), Recipe.read(args.recipe)
-        if args.only:
-            recipe, public = recipe.only(*args.only), public.only(*args.only)
+        recipe, public = (Recipe.read(args.recipe, data, only=args.only or ()) for data in (args.data, None))
         check_splits(recipe, args.split, neighbours)
         pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
         tasks = measure(pipe, recipe, args.split, args.reference, intervals=True, form=args.rewrite)

@@ -400,7 +400,7 @@ def test_a_live_model_is_measured_on_the_first_rows_alone(data):
 
 
 def test_labels_are_matched_by_name_and_missing_ones_left_out(data, monkeypatch):
-    pipe, recipe = live_pipe(), Recipe.read(data / "recipe.toml").only("sentiment", "topics", "ner")
+    pipe, recipe = live_pipe(), Recipe.read(data / "recipe.toml", only=["sentiment", "topics", "ner"])
     sets = data_sets()
     found = {name: evaluate.predict(pipe, name, recipe.tasks[name], sets[name]) for name in recipe.tasks}
     labels = TASKS["sentiment"]["labels"]
@@ -420,7 +420,7 @@ def test_labels_are_matched_by_name_and_missing_ones_left_out(data, monkeypatch)
 
 
 def test_long_texts_are_judged_in_windows(data):
-    pipe, recipe = live_pipe(), Recipe.read(data / "recipe.toml").only("ner")
+    pipe, recipe = live_pipe(), Recipe.read(data / "recipe.toml", only=["ner"])
     row = data_sets()["ner"][0]
     long = Dataset.from_dict(
         {"tokens": [row["tokens"] * 20], "tags": [row["tags"] * 20]}, features=data_sets()["ner"].features
@@ -441,7 +441,7 @@ def test_long_texts_are_judged_in_windows(data):
 def test_a_model_that_does_not_fit_the_recipe_is_refused(data, change, message):
     pipe = MultiTaskPipeline(model=tiny_model(tasks=change), tokenizer=tiny_tokenizer(), device="cpu")
     with pytest.raises(ValueError, match=message):
-        evaluate.measure(pipe, Recipe.read(data / "recipe.toml").only("sentiment"), "validation")
+        evaluate.measure(pipe, Recipe.read(data / "recipe.toml", only=["sentiment"]), "validation")
 
 
 def test_the_command_says_which_data_are_missing(release, data, monkeypatch, capsys):

@@ -321,7 +321,7 @@ def test_every_backend_of_this_repositorys_model_agrees_with_pytorch_on_real_tex
 
 
 def test_each_backend_is_measured_on_the_tasks_of_the_recipe(exported):
-    recipe = Recipe.read(ROOT / "training/recipes/smoke.toml", ROOT / "tests/samples").only("sentiment")
+    recipe = Recipe.read(ROOT / "training/recipes/smoke.toml", ROOT / "tests/samples", only=["sentiment"])
     found = release_onnx.measure_backends(exported()[0], recipe, limit=20)["sentiment"]
     assert found["metric"] == "macro_recall" and found["rows"] == 20
     assert found["onnx"] == found["torch"] and found["points"]["onnx"] == 0

@@ -135,11 +135,10 @@ class UnfreezeOnSchedule(TrainerCallback):
 
     def __init__(self, model: MultiTaskModel, recipe: FreezingRecipe) -> None:
         self.model, self.recipe = model, recipe
-        self.trained = [name for name, x in model.named_parameters() if x.requires_grad]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parameters = dict(self.model.named_parameters())
-        self.starts = [(parameters[x], first_step(self.model, x, self.recipe, state.max_steps)) for x in self.trained]
+        trained = [(name, x) for name, x in self.model.named_parameters() if x.requires_grad]
+        self.starts = [(x, first_step(self.model, name, self.recipe, state.max_steps)) for name, x in trained]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for parameter, start in self.starts:
