@@ -237,7 +237,9 @@ def _check_labels(kind: str, found: list[Any], labels: Sequence[str] | None) -> 
 
 def labels_of(kind: str, target: Any) -> list[str]:
     """Returns the names in the label of one text."""
-    return {LABEL: lambda: [target], LABELS: lambda: target, NUMBER: list, ENTITIES: lambda: [x[2] for x in target]}[kind]()
+    if kind == ENTITIES:
+        return [label for _, _, label in target]
+    return {LABEL: [target], LABELS: target, NUMBER: []}[kind]
 
 
 def check_spans(text: str, spans: list[Any]) -> list[tuple[int, int, str]]:
