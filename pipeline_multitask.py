@@ -7,9 +7,11 @@ the command line and whatever else serves the model. Axes: W words, C labels, E 
 import copy
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -268,6 +270,7 @@ class OnnxModel:
             options = {**model.hub_options, "_raise_exceptions_for_missing_entries": False}
             self.paths[part] = cached_file(source, onnx_part(file, part), **options) or self.paths[""]
         self.sessions: dict[str, Any] = {}
+        self.lock = Lock()  # batches run side by side, and the first of them make the sessions
 
     def session(self, part: str) -> Any:
         """Returns the session of a part, or of the whole graph ("").
@@ -281,9 +284,11 @@ class OnnxModel:
             raise ValueError(f"onnxruntime cannot be imported: {error}") from error
 
         path = self.paths[part]
-        if path not in self.sessions:
+        with self.lock:
+            if path in self.sessions:
+                return self.sessions[path]
             options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
+            options.intra_op_num_threads = 1  # of one batch: the pipeline runs several at once, which scales better
             options.log_severity_level = 3  # it warns of every input that may be left out
             session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW_FUSIONS
@@ -294,7 +299,7 @@ class OnnxModel:
                     f"{path} is of another export than {self.paths['']}; export both again: python -m release.onnx"
                 )
             self.sessions[path] = session
-        return self.sessions[path]
+            return session
 
     def __call__(
         self, inputs: dict[str, np.ndarray], tasks: list[str], vector: str | None
@@ -358,8 +363,7 @@ class Annotator:
         for chunk in text_chunks(texts):
             distinct = list(dict.fromkeys(chunk))  # the same text is computed once
             windows = self.windows(distinct, names)
-            for batch in length_batches(windows, batch_tokens or self.batch_tokens):
-                self.run(batch, names, VECTORS[embedding])
+            self.run_all(list(length_batches(windows, batch_tokens or self.batch_tokens)), names, VECTORS[embedding])
             records = self.records(distinct, windows, names, VECTORS[embedding], min_score)
             if len(distinct) < len(chunk):
                 found = dict(zip(distinct, records, strict=True))
@@ -387,6 +391,18 @@ class Annotator:
                 find_words(windows[-1], texts[source], encoding, is_first, is_last)
         return windows
 
+    def run_all(self, batches: list[list[Window]], tasks: list[str], vector: str | None = None) -> None:
+        """Runs the model over batches, see `run`: with ONNX Runtime as many at a time as PyTorch has threads."""
+        self.tokens_seen += sum(len(window.input_ids) for batch in batches for window in batch)
+        run = partial(self.run, tasks=tasks, vector=vector)
+        threads = 1 if self.backend == "torch" else min(torch.get_num_threads(), len(batches))
+        if threads == 1:
+            for batch in batches:
+                run(batch)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, batches))
+
     def run(self, windows: list[Window], tasks: list[str], vector: str | None = None) -> None:
         """Runs the model once over a batch of windows and stores in each what it says.
 
@@ -396,7 +412,6 @@ class Annotator:
             vector: Which output to keep as the windows' `embedding`: one of the values of `VECTORS`.
         """
         inputs = pad_windows(windows, self.tokenizer.pad_token_id or 0)
-        self.tokens_seen += int(inputs["attention_mask"].sum())
         vectors, logits = self._run(inputs, tasks, vector)
         for row, window in enumerate(windows):
             if vectors is not None:
