@@ -19,7 +19,7 @@ STORED = ["Ring me up at dawn", "Any storms on Sunday?", "Put on the new album"]
 
 
 def stored_vectors() -> np.ndarray:
-    """Returns your index, float32 [N, 384] of unit length; here made anew, as all-MiniLM-L6-v2 makes it."""
+    """Returns your index, float32 [N, 384] of unit length; computed here as all-MiniLM-L6-v2 computes it."""
     encoder = SentenceTransformer(MODEL)
     del encoder[2]  # the projection: what remains is all-MiniLM-L6-v2
     return encoder.encode(STORED)

@@ -127,7 +127,7 @@ def test_killed_at_twenty_random_moments_it_goes_on_to_the_same_bytes(release, t
 
 
 def kill_before_step(step: int) -> None:
-    """Makes this process kill itself before the so-manieth change of a file or folder."""
+    """Makes this process kill itself before its n-th change of a file or folder, n being `step`."""
 
     def counted(change: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
