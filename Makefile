@@ -63,9 +63,10 @@ evaluate:
 onnx:
 	python -m release.onnx . $(FROM_DATA)
 
-# Speed side by side; DATA=… must name the data sets' folder.
+# Speed side by side, and memory; DATA=… must name the data sets' folder.
 bench:
 	python -m benchmarks.run $(FROM_DATA)
+	python -m benchmarks.memory
 
 # The small grid behind discussion.md, about three hours a seed on two cores; it continues where it was.
 experiments:

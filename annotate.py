@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", help="commit, tag or branch of a model on the Hub")
     add("--device", help='for instance "cpu" or "cuda:0"; default: a GPU if there is one, with Ray the CPU')
     add("--backend", choices=("torch", "onnx", "onnx-int8"), help="what runs the model; default: torch")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of PyTorch; default: float32")
     add("--batch-tokens", type=int, help="tokens per batch, padding included")
     add("--num-workers", type=int, default=1, help="processes that share the CPU and the weights; default: 1")
     add("--engine", choices=("local", "ray"), default="local", help="what runs the workers (ray: pip install 'ray[data]')")
@@ -146,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
 def _check_input(args: argparse.Namespace) -> None:
     if bool(args.texts) == bool(args.input):
         raise InputError("give texts or --input FILE, one of the two")
+    if args.dtype and args.backend not in (None, "torch"):
+        raise InputError(f"--dtype {args.dtype} is for PyTorch; leave it out, or leave out --backend {args.backend}")
     if args.num_workers < 1:
         raise InputError(f"--num-workers is {args.num_workers}; it must be at least 1")
     if args.engine == "ray":
@@ -198,7 +201,7 @@ def _check_folders(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Annotates the texts, the file or the folder; returns the number of rows that could not be annotated."""
-    names = ("model", "revision", "device", "backend", "tasks", "batch_tokens")
+    names = ("model", "revision", "device", "backend", "dtype", "tasks", "batch_tokens")
     settings = Settings(embedding=not args.no_embedding, **{name: getattr(args, name) for name in names})
     if args.engine == "ray":
         from bulk.ray_engine import Folders, annotate_folder

@@ -2,12 +2,13 @@
 
 Each way of working runs over the same texts, in rounds, each round in another order. What counts are the ratios of two
 times of the same round, so that a machine that slows down for a while slows both; given are their medians and quartiles.
-The same for one short text at a time. Then, for each backend: the size of its files, and the seconds and the memory of
-annotate.py with one text. Results go to results/benchmarks.json. Run it on a quiet machine, with `python -m release.onnx .`
-before it.
+The same for one short text at a time. Then, for each backend: where the processor's time goes, the size of its files, and
+the seconds and the memory of annotate.py with one text. Results go to results/benchmarks.json. Run it on a quiet machine,
+with `python -m release.onnx .` before it.
 """
 
 import argparse
+import copy
 import statistics
 import subprocess
 import sys
@@ -29,16 +30,18 @@ from transformers import pipeline
 from benchmarks.rivals import FASTEMBED, SPACY, Finder, load_rivals
 from common.data import load_split
 from common.files import ROOT, environment_info, write_json
-from pipeline_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, ONNX_PARTS, length_batches, onnx_part
+from pipeline_multitask import BACKENDS, ONNX_FILES, ONNX_PARTS, onnx_part
 
 ENCODE = "SentenceTransformer.encode"
 SINGLE = "three single-task passes"  # of encoders of the same size: one embeds, one classifies, one tags
+BFLOAT16 = "torch-bfloat16"
 OUTPUTS: dict[str, dict[str, Any]] = {
     "everything": {}, "embedding alone": {"tasks": []}, "labels and entities alone": {"embedding": False},
 }  # fmt: skip
 # What is compared: the times of two jobs, the first divided by the second; for a throughput, the other's above ours.
 RATIOS = {
     f"throughput: everything, PyTorch / {ENCODE}": (ENCODE, "everything, torch"),
+    f"throughput: everything, PyTorch in bfloat16 / {ENCODE}": (ENCODE, f"everything, {BFLOAT16}"),
     f"throughput: everything, ONNX / {ENCODE}": (ENCODE, "everything, onnx"),
     f"throughput: everything, 8 bits / {ENCODE}": (ENCODE, "everything, onnx-int8"),
     f"throughput: embedding alone, ONNX / {ENCODE}": (ENCODE, "embedding alone, onnx"),
@@ -89,11 +92,12 @@ def three_passes(pipe: Any, texts: list[str]) -> Job:
 
 
 def load_pipes(model: str) -> dict[str, Any]:
-    """Returns the pipeline on each backend that this folder holds an export for, by the backend's name."""
+    """Returns the pipeline on each backend that this folder holds an export for, by the backend's name, and in bfloat16."""
     has_runtime = find_spec("onnxruntime") is not None
     found = [x for x in BACKENDS if x == "torch" or (has_runtime and (Path(model) / ONNX_FILES[x]).exists())]
     options = {"model": model, "trust_remote_code": True, "device": "cpu"}
-    return {backend: pipeline("multitask", backend=backend, **options) for backend in found}
+    pipes = {backend: pipeline("multitask", backend=backend, **options) for backend in found}
+    return pipes | {BFLOAT16: pipeline("multitask", dtype="bfloat16", **options)}
 
 
 def all_jobs(pipes: dict[str, Any], encoder: Any, rivals: dict[str, Finder], texts: list[str]) -> dict[str, Job]:
@@ -134,22 +138,31 @@ def milliseconds(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]
     return {name: {"median": middle, "p95": high} for name, (middle, high) in found.items()}
 
 
+def timed(call: Callable[..., Any], clock: Callable[[], float], times: list[float]) -> Callable[..., Any]:
+    """Returns a function that does the same, and adds to `times` how long each call took."""
+
+    def measured(*given: Any) -> Any:
+        start = clock()
+        result = call(*given)
+        times.append(clock() - start)
+        return result
+
+    return measured
+
+
 def shares(pipe: Any, texts: list[str]) -> dict[str, float]:
-    """Returns which share of the pipeline's time goes where, which add up to 1, and the share of padding among its tokens."""
-    annotator, tasks, vector = pipe.annotator, list(pipe.model.config.tasks), "sentence_embedding"
-    marks = [time.perf_counter()]
-    windows = annotator.windows(texts, tasks)
-    marks.append(time.perf_counter())
-    batches = list(length_batches(windows, CPU_BATCH_TOKENS))
-    for batch in batches:
-        annotator.run(batch, tasks, vector)
-    marks.append(time.perf_counter())
-    annotator.records(texts, windows, tasks, vector)
-    marks.append(time.perf_counter())
-    parts = np.diff(marks) / (marks[-1] - marks[0])
-    padded = sum(len(batch) * max(len(window.input_ids) for window in batch) for batch in batches)
-    padding = 1 - sum(len(window.input_ids) for window in windows) / padded
-    return {**dict(zip(("tokenization", "forward", "decoding"), parts.tolist(), strict=True)), "padding": padding}
+    """Returns which share of the pipeline's processor time goes to each of its steps, and to all around them."""
+    annotator = copy.copy(pipe.annotator)
+    steps: dict[str, list[float]] = {"windows": [], "_run": [], "records": []}
+    for name, times in steps.items():
+        # ONNX Runtime computes batches side by side, each in a thread; whatever else runs has the process for itself.
+        clock = time.thread_time if name == "_run" and annotator.backend != "torch" else time.process_time
+        setattr(annotator, name, timed(getattr(annotator, name), clock, times))
+    start = time.process_time()
+    list(annotator.stream(texts))
+    whole = time.process_time() - start
+    found = dict(zip(("tokenization", "forward", "decoding"), (sum(x) / whole for x in steps.values()), strict=True))
+    return found | {"other": 1 - sum(found.values())}
 
 
 def file_bytes(model: Path, backend: str) -> int:
@@ -161,12 +174,21 @@ def file_bytes(model: Path, backend: str) -> int:
     return sum(path.stat().st_size for path in paths if path.exists())
 
 
-def start(model: str, backend: str, repeats: int = 3) -> dict[str, float]:
+def watch(command: list[Any]) -> tuple[float, int]:
+    """Returns the seconds and the peak memory, in bytes, of a command.
+
+    Raises:
+        CalledProcessError: It has failed; it has said why.
+    """
+    done = subprocess.run([sys.executable, "-c", WATCH, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak)
+
+
+def start(model: str, backend: str, repeats: int = 5) -> dict[str, float]:
     """Returns the median seconds and the greatest memory of annotate.py with one text, from start to end."""
     command = [sys.executable, ROOT / "annotate.py", "--model", model, "--device", "cpu", "--backend", backend, SHORT_TEXT]
-    found = [subprocess.run([sys.executable, "-c", WATCH, *map(str, command)], check=True, capture_output=True, text=True)
-             for _ in range(repeats)]  # fmt: skip
-    seconds, peaks = zip(*(map(float, done.stdout.splitlines()[-1].split()) for done in found), strict=True)
+    seconds, peaks = zip(*(watch(command) for _ in range(repeats)), strict=True)
     return {"seconds": statistics.median(seconds), "peak_bytes": max(peaks)}
 
 
@@ -229,7 +251,7 @@ def main() -> None:
         "one_short_text_milliseconds": milliseconds(short),
         "shares": {backend: shares(pipe, texts) for backend, pipe in pipes.items()},
         "file_bytes": {backend: file_bytes(Path(args.model), backend) for backend in pipes},
-        "start": {backend: start(args.model, backend) for backend in pipes},
+        "start": {backend: start(args.model, backend) for backend in pipes if backend in BACKENDS},
         "seconds": seconds,
     }
     write_result(args.output, result)

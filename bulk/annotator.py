@@ -13,7 +13,7 @@ import pyarrow
 from bulk.sources import InputError, Item
 
 MODEL_FILES = ("config.json", "tokenizer*.json", "*_multitask.py", "*.safetensors", "*/*.safetensors", "onnx/*.onnx")
-PIPELINE_OPTIONS = ("revision", "device", "backend")
+PIPELINE_OPTIONS = ("revision", "device", "backend", "dtype")
 LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow", "onnxruntime")
 
 Result = dict[str, Any]
@@ -29,6 +29,7 @@ class Settings:
         revision: Commit, tag or branch on the Hub.
         device: For instance "cpu"; None: a GPU if there is one.
         backend: What runs the model; None: the pipeline's default.
+        dtype: Precision of PyTorch, such as "bfloat16"; None: that of the stored weights.
         tasks: Names of the tasks to compute; None: all.
         embedding: Whether results hold the sentence embedding.
         batch_tokens: Tokens per batch, padding included; None: the pipeline's default.
@@ -39,6 +40,7 @@ class Settings:
     revision: str | None = None
     device: str | None = None
     backend: str | None = None
+    dtype: str | None = None
     tasks: list[str] | None = None
     embedding: bool = True
     batch_tokens: int | None = None

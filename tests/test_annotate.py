@@ -184,6 +184,10 @@ def test_standard_input_is_read_as_text_lines_or_as_told(run):
         (["x", "--resume"], "--resume and --num-workers need a file to write; name it with --output"),
         (["x", "--num-workers", "2"], "--resume and --num-workers need a file to write; name it with --output"),
         (["x", "--num-workers", "0"], "--num-workers is 0; it must be at least 1"),
+        (
+            ["x", "--backend", "onnx", "--dtype", "bfloat16"],
+            "--dtype bfloat16 is for PyTorch; leave it out, or leave out --ba",
+        ),
         (["x", "--output", "out.jsonl", "--resume"], "--resume needs --input FILE"),
         (["--input", "in.jsonl", "--output", "in.jsonl"], "--output in.jsonl would overwrite the input"),
         (["x", "--engine", "ray"], "--engine ray needs a folder of files as --input and a folder as --output"),
@@ -512,3 +516,9 @@ def test_the_backend_is_the_pipelines(run, monkeypatch, pipe):
     run(PARIS, "--backend", "onnx-int8")
     run(PARIS)
     assert given[0]["backend"] == "onnx-int8" and "backend" not in given[1]
+
+
+def test_bfloat16_gives_the_same_records_with_fewer_digits(run):
+    (half,), (full,) = (records(run(PARIS, "--json", *dtype)[1]) for dtype in (["--dtype", "bfloat16"], []))
+    assert half.keys() == full.keys() and half["entities"].keys() == full["entities"].keys()
+    assert half["sentence_embedding"] != full["sentence_embedding"] == pytest.approx(half["sentence_embedding"], abs=0.05)

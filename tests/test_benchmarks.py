@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import pipeline
 
-from benchmarks import rivals, run
+from benchmarks import memory, rivals, run
 from tests import conftest
 
 TEXTS = [f"Text number {i} of Kofi Annan." for i in range(6)]
@@ -41,8 +41,7 @@ def test_a_small_run_prints_and_writes_what_it_finds(run_main, monkeypatch, caps
     short = found["one_short_text_milliseconds"]
     assert all(0 < x["median"] <= x["p95"] for x in short.values())
     assert {"everything, torch", "embedding alone, torch", run.ENCODE, rivals.SPACY} <= short.keys()
-    assert 0 <= found["shares"]["torch"].pop("padding") < 0.5
-    assert sum(found["shares"]["torch"].values()) == pytest.approx(1)
+    assert all(0 < share < 1 for share in found["shares"]["torch"].values()) and found["shares"]["torch"]["forward"] > 0.1
     assert found["start"]["torch"]["seconds"] > 0 and found["start"]["torch"]["peak_bytes"] > 50e6
     assert found["file_bytes"]["torch"] > 10_000
 
@@ -53,6 +52,14 @@ def test_a_number_that_is_none_is_refused_by_name(argument, run_main, capsys):
         run_main(argument)
     name, value = argument.split("=")
     assert f"argument {name}: {value} is not allowed: give a number from 1 up" in capsys.readouterr().err
+
+
+def test_a_longer_file_takes_about_the_same_memory(tmp_path, monkeypatch):
+    output = tmp_path / "memory.json"
+    monkeypatch.setattr(sys, "argv", ["memory", "--rows", "1500", "3000", "--output", str(output)])
+    memory.main()
+    found = json.loads(output.read_text())
+    assert found["peak_bytes"]["1500"] > 50e6 and 0.8 < found["ratio"] < 1.2
 
 
 def test_every_round_runs_all_jobs_and_begins_with_another():
@@ -72,7 +79,7 @@ def test_a_ratio_is_taken_within_each_round():
 def test_all_ratios_name_jobs_that_exist(pipe):
     others = {rivals.SPACY: len, rivals.FASTEMBED: len}
     encoder = SimpleNamespace(encode=len)
-    jobs = run.all_jobs({"torch": pipe, "onnx": pipe, "onnx-int8": pipe}, encoder, others, TEXTS)
+    jobs = run.all_jobs(dict.fromkeys(("torch", run.BFLOAT16, "onnx", "onnx-int8"), pipe), encoder, others, TEXTS)
     assert {name for pair in [*run.RATIOS.values(), *run.LATENCIES.values()] for name in pair} <= set(jobs)
     assert (
         "labels" not in jobs["embedding alone, torch"]()[0] and jobs["everything, onnx"]()[0].keys() == pipe(TEXTS[0]).keys()
