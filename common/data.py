@@ -333,9 +333,7 @@ def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
         """Returns 1.0 for each label that is present, 0.0 for the others, and -100 for what is missing."""
         if value is None:
             return [float(IGNORE_INDEX)] * len(labels)
-        if not isinstance(value, list):
-            raise DataError(f"{place}: {value!r} is no list of labels.")
-        present = {to_id(x, place) for x in value}
+        present = {to_id(x, place) for x in (value if isinstance(value, list) else [value])}
         return [float(IGNORE_INDEX) if name in task.unsaid else float(i in present) for i, name in enumerate(labels)]
 
     def one(value: Any, place: str) -> int:

@@ -302,7 +302,8 @@ def measure_head(predictions: Predictions, intervals: bool) -> Measures:
     if spec.problem_type == MULTI_LABEL:
         metrics, ranges = multi_label_metrics(truth, predicted), multi_label_intervals(truth, predicted) if intervals else {}
         if set(spec.labels) == {label for labels in EKMAN.values() for label in labels}:
-            metrics["ekman_macro_f1"] = grouped_macro_f1(predictions.probabilities, truth, spec.labels)
+            grouped, grouped_ranges = measure_groups(predictions, intervals)
+            metrics, ranges = {**metrics, **grouped}, {**ranges, **grouped_ranges}
     elif predictions.tags:
         metrics, ranges = entity_metrics(*predictions.tags), entity_intervals(*predictions.tags) if intervals else {}
     else:
@@ -315,20 +316,27 @@ def measure_head(predictions: Predictions, intervals: bool) -> Measures:
     return metrics, {**ranges, **calibration_intervals(confidence, correct, rows)} if intervals else {}
 
 
-def grouped_macro_f1(probabilities: np.ndarray, truth: np.ndarray, labels: list[str]) -> float:
-    """Returns the macro F1 over Ekman's six emotions and neutral of the likeliest group, on texts whose labels are of one group.
+def measure_groups(predictions: Predictions, intervals: bool) -> Measures:
+    """Returns macro F1 and calibration error of the likeliest of Ekman's six emotions and neutral, and their intervals if asked for.
 
-    Args:
-        probabilities: float [N, C] of GoEmotions' labels.
-        truth: 0/1 [N, C].
-        labels: Their names.
+    Measured on the texts whose labels are of one group, over the groups that occur there.
     """
+    labels, names = predictions.spec.labels, list(EKMAN)
     columns = [[labels.index(label) for label in group] for group in EKMAN.values()]
-    in_truth = np.stack([truth[:, group].any(axis=1) for group in columns], axis=1)  # [N, groups]
+    in_truth = np.stack([predictions.truth[:, group].any(axis=1) for group in columns], axis=1)  # [N, groups]
     kept = in_truth.sum(axis=1) == 1
-    scores = [group_scores(dict(zip(labels, row, strict=True))) for row in probabilities[kept]]
-    predicted = [max(x, key=x.__getitem__) for x in scores]
-    return classification_metrics([list(EKMAN)[i] for i in in_truth[kept].argmax(axis=1)], predicted)["macro_f1"]
+    answered = [group_scores(dict(zip(labels, row, strict=True))) for row in predictions.probabilities[kept]]
+    scores = np.array([[answer[name] for name in names] for answer in answered]).reshape(-1, len(names))
+    truth, predicted, confidence = in_truth[kept].argmax(axis=1), scores.argmax(axis=1), scores.max(axis=1)
+    metrics = classification_metrics(truth.tolist(), predicted.tolist())
+    metrics["calibration_error"] = calibration_error(confidence, predicted == truth)
+    ranges: Intervals = {}
+    if intervals:
+        rows = predictions.rows[kept]
+        ranges = classification_intervals(truth, predicted, rows) | calibration_intervals(confidence, predicted == truth, rows)
+    kinds = ("macro_f1", "calibration_error")
+    grouped = [{f"ekman_{kind}": found[kind] for kind in kinds if kind in found} for found in (metrics, ranges)]
+    return grouped[0], grouped[1]
 
 
 def by_domain(predictions: Predictions, data: Dataset) -> dict[str, dict[str, float]]:

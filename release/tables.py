@@ -95,13 +95,13 @@ def measured_metrics(task: dict[str, Any], found: dict[str, Any]) -> list[dict[s
 
 
 def interval_table(folder: Path) -> str:
-    """Returns each main metric with its 95 % interval, and the calibration error."""
+    """Returns each metric with its 95 % interval, and the calibration error of the answers that it judges."""
     rows = []
     for _, task, found in measured_tasks(folder):
-        metric = task["metrics"][0]
-        error = found["metrics"].get("calibration_error")
-        shown = "" if error is None else f"{error:.3f}"
-        rows.append([task["title"], task["dataset_name"], metric["name"], _with_interval(found, metric["key"]), shown])
+        for metric in measured_metrics(task, found):
+            error = found["metrics"].get(metric.get("calibration", "calibration_error"))
+            shown = "" if error is None else f"{error:.3f}"
+            rows.append([task["title"], task["dataset_name"], metric["name"], _with_interval(found, metric["key"]), shown])
     return markdown(["task", "test set", "metric", "value (95 % interval)", "expected calibration error"], rows)
 
 
@@ -109,7 +109,7 @@ def coverage_table(folder: Path) -> str | None:
     """Returns how accuracy rises as answers of low confidence are left out."""
     rows, shares = [], ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
     for _, task, found in measured_tasks(folder):
-        if curve := found.get("coverage"):
+        if (curve := found.get("coverage")) and "calibration" not in task["metrics"][0]:  # else of other answers
             cells = [f"{curve[x]['accuracy']:.3f} ({curve[x]['min_score']:.2f})" if x in curve else "" for x in shares]
             rows.append([task["title"], task["dataset_name"], *cells])
     return markdown(["task", "test set", *(f"{float(x):.0%}" for x in shares)], rows) if rows else None

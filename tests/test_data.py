@@ -113,6 +113,7 @@ def test_labels_of_every_kind():
     assert [x["labels"] for x in make(sequence(), ["n", "p"], x=["a", "b"], y=["p", "n"])] == [1, 0]
     many = make(sequence("multi_label_classification"), ["n", "p"], x=["a", "b", "c"], y=[[1], [], None])
     assert [x["labels"] for x in many] == [[0.0, 1.0], [0.0, 0.0], [-100.0, -100.0]]
+    assert make(sequence("multi_label_classification"), ["n", "p"], x=["a"], y=[1])[0]["labels"] == [0.0, 1.0]
     assert [x["labels"] for x in make(sequence("regression"), ["y"], x=["a", "b"], y=[0.5, 2])] == [[0.5], [2.0]]
     assert make(token(), TAGS, x=[["a", "b"]], y=[["B-PER", None]])[0]["labels"] == [-100, 1, -100, -100]
     assert make(pairs(), [], a=["x"], b=["y"], y=[1])[0] == {
@@ -176,11 +177,11 @@ BAD = {
         {"x": ["a", None], "y": [0, 1]},
         "d, split train, row 1, column x: None is not a text",
     ),
-    "no list": (
+    "no label of several": (
         sequence("multi_label_classification"),
         ["n"],
-        {"x": ["a"], "y": [0]},
-        "row 0, column y: 0 is no list of labels",
+        {"x": ["a"], "y": [{}]},
+        "row 0, column y: label {} is none of 0",
     ),
     "too few numbers": (sequence("regression"), ["u", "v"], {"x": ["a"], "y": [1.0]}, "1.0 is not 2 number"),
     "no words": (token(), TAGS, {"x": [["a"], None], "y": [[0], [0]]}, "row 1: None are not a list of words, or"),

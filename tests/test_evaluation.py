@@ -1,5 +1,6 @@
 """Metrics, their intervals, calibration and pictures: by hand, against naive loops, and in a whole run on a tiny model."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import logit
 from scipy.stats import spearmanr
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
@@ -17,6 +19,7 @@ from transformers import AutoTokenizer
 import learning_multitask
 from common.data import has_split, token_spans
 from common.recipe import Recipe, TaskRecipe
+from configuration_multitask import TaskSpec
 from evaluation import calibrate, evaluate, metrics, plots
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import EKMAN, MultiTaskPipeline
@@ -65,9 +68,13 @@ def test_emotions_are_grouped_before_they_are_compared():
         truth[row, [labels.index(x) for x in names]] = 1
     probabilities = np.full(truth.shape, 0.1)
     probabilities[0, labels.index("excitement")] = probabilities[1, labels.index("sadness")] = 0.9
-    assert evaluate.grouped_macro_f1(probabilities, truth, labels) == 1.0
+    spec = TaskSpec(kind="sequence_classification", labels=labels, problem_type="multi_label_classification")
+    found = evaluate.Predictions(spec, logit(probabilities), truth, truth, np.arange(3))
+    right, ranges = evaluate.measure_groups(found, True)
+    assert right == {"ekman_macro_f1": 1.0, "ekman_calibration_error": pytest.approx(0.1)} and set(ranges) == set(right)
     probabilities[1, labels.index("fear")] = 0.95
-    assert evaluate.grouped_macro_f1(probabilities, truth, labels) == 0.5
+    wrong, _ = evaluate.measure_groups(dataclasses.replace(found, logits=logit(probabilities)), False)
+    assert wrong == {"ekman_macro_f1": 0.5, "ekman_calibration_error": pytest.approx((0.1 + 0.95) / 2)}
 
 
 def test_calibration_error_by_hand():
