@@ -40,12 +40,21 @@ train:
 	python -m training.average $(RUN)/first/final $(RUN)/second/final --share 0.6 --output $(RUN)/final
 	python -m evaluation.calibrate $(RUN)/final --recipe $(RECIPE) $(FROM_DATA)
 
-# The architecture on the literature's benchmarks: one model for all tasks, and the single-task run of each.
+# The architecture on the literature's benchmarks: one model for all tasks, the single-task run of each, and other depths.
+RESEARCH = training/recipes/research.toml
 research:
-	python -m training.train training/recipes/research.toml --output runs/research --encoder $(ENCODER) $(FROM_DATA)
+	python -m training.train $(RESEARCH) --output runs/research --encoder $(ENCODER) $(FROM_DATA)
+	python -m evaluation.evaluate runs/research/final --recipe $(RESEARCH) --split test $(FROM_DATA) --output results/research.json
 	for task in sentiment emotion ner; do \
-		python -m training.train training/recipes/research.toml --only $$task --output runs/$$task --encoder $(ENCODER) $(FROM_DATA) \
-		|| exit 1; \
+		python -m training.train $(RESEARCH) --only $$task --output runs/$$task --encoder $(ENCODER) $(FROM_DATA) && \
+		python -m evaluation.evaluate runs/$$task/final --recipe $(RESEARCH) --only $$task --split test $(FROM_DATA) \
+			--output results/research_$$task.json || exit 1; \
+	done
+	for layers in 2 3 4; do \
+		python -m training.train $(RESEARCH) --set model.num_task_layers=$$layers --output runs/depth_$$layers \
+			--encoder $(ENCODER) $(FROM_DATA) && \
+		python -m evaluation.evaluate runs/depth_$$layers/final --recipe $(RESEARCH) --split validation $(FROM_DATA) \
+			--output results/research_$${layers}_layers_validation.json || exit 1; \
 	done
 
 evaluate:

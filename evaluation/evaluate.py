@@ -333,7 +333,9 @@ def measure_groups(predictions: Predictions, intervals: bool) -> Measures:
     ranges: Intervals = {}
     if intervals:
         rows = predictions.rows[kept]
-        ranges = classification_intervals(truth, predicted, rows) | calibration_intervals(confidence, predicted == truth, rows)
+        ranges = classification_intervals(truth, predicted, rows) | calibration_intervals(
+            confidence, predicted == truth, rows
+        )
     kinds = ("macro_f1", "calibration_error")
     grouped = [{f"ekman_{kind}": found[kind] for kind in kinds if kind in found} for found in (metrics, ranges)]
     return grouped[0], grouped[1]

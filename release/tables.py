@@ -176,6 +176,18 @@ def research_table(folder: Path) -> str | None:
     return markdown(["test set", "metric", "joint training", "trained alone", "published"], rows)
 
 
+def depths_table(folder: Path) -> str | None:
+    """Returns what branches of two, three and four layers reach on all data of the research recipe, and what they cost."""
+    described, rows = read("published", folder)["research"], []
+    for layers in (2, 3, 4):
+        if found := read_some(f"research_{layers}_layers_validation", folder):
+            scores = [f"{found['tasks'][name]['metrics'][about['metric']]:.3f}" for name, about in described.items()]
+            rows.append([str(layers), *scores, f"{found['parameters'] / 1e6:.1f}", f"{1 + layers / 6:.2f}"])
+    titles = [f"{about['title']}, {about['metric_name']}" for about in described.values()]
+    header = ["layers of the branch", *titles, "parameters, millions", "encoder passes for everything"]
+    return markdown(header, rows) if rows else None
+
+
 def _with_interval(found: dict[str, Any], key: str) -> str:
     value = f"{found['metrics'][key]:.3f}"
     if key not in found.get("intervals", {}):
@@ -438,6 +450,7 @@ RENDERERS: dict[str, Callable[[Path], str | None]] = {
     "levers": _of("levers", levers_tables),
     "licenses": licenses_table,
     "replaces": replaces_table,
+    "depths": depths_table,
     "research": research_table,
     "results": results_table,
     "modes": _of("benchmarks", modes_table),
