@@ -10,10 +10,9 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +25,10 @@ from transformers.utils import logging
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
         from .configuration_multitask import READS, SEQUENCE, TOKEN, check_task_name, is_number
-        from .pipeline_multitask import Window, length_batches, mean_over_windows, pad_windows, text_chunks, text_problem
+        from .pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
     from configuration_multitask import READS, SEQUENCE, TOKEN, check_task_name, is_number
-    from pipeline_multitask import Window, length_batches, mean_over_windows, pad_windows, text_chunks, text_problem
+    from pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
 
 logger = logging.get_logger(__name__)
 
@@ -53,10 +52,10 @@ MUCH_MEMORY = 1e9  # bytes of features from which on the user is told
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
     """Returns the mean of -log p(label) from logits, float [N, C], and labels, int [N], or 0/1 [N, C], judged one by one."""
-    if labels.ndim == 1:
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]).mean())
-    return float(np.logaddexp(0, np.where(labels > 0, -logits, logits)).mean())
+    scores, truth = torch.as_tensor(logits), torch.as_tensor(labels)
+    if truth.ndim == 1:
+        return float(F.cross_entropy(scores, truth.long()))
+    return float(F.binary_cross_entropy_with_logits(scores, truth.to(scores.dtype)))
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -141,36 +140,39 @@ def plain(value: Any) -> Any:
     """Returns a label as Python's own type; None if it is missing."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list | tuple | set | frozenset):
-        return sorted(value) if isinstance(value, set | frozenset) else list(value)
-    missing = value is None or type(value).__name__ in ("NAType", "NaTType") or value != value
-    return None if missing or (isinstance(value, str) and not value.strip()) else value
+    missing = value is None or type(value).__name__ == "NAType" or value != value or not str(value).strip()
+    return None if missing else value
 
 
 def _kind(target: Any) -> str | None:
     """Returns the kind of task that a label is of; None if it is none, or an empty list, which two kinds have."""
     if isinstance(target, str) or is_number(target):
         return LABEL if isinstance(target, str) else NUMBER
-    if not isinstance(target, list) or not target:
-        return None
-    if all(isinstance(x, str) and x for x in target):
-        return LABELS
-    spans = all(isinstance(x, list | tuple) and len(x) == 3 and isinstance(x[2], str) and x[2] for x in target)
-    return ENTITIES if spans else None
+    if isinstance(target, list) and target:
+        if all(isinstance(x, str) and x for x in target):
+            return LABELS
+        if all(isinstance(x, list | tuple) and len(x) == 3 and isinstance(x[2], str) and x[2] for x in target):
+            return ENTITIES
+    return None
 
 
-def _common_kind(targets: list[Any], kept: list[int]) -> str:
-    first = next((i for i in kept if targets[i] != []), None)
+def _common_kind(targets: dict[int, Any]) -> str:
+    """Returns the kind of task that the labels of all rows are of."""
+    first = next((i for i, target in targets.items() if target != []), None)
     if first is None:
         raise ValueError("labels holds empty lists alone; give at least two texts with a label.")
     kind = _kind(targets[first])
-    for i in kept:
-        if kind is None or (_kind(targets[i]) != kind and not (targets[i] == [] and kind in (LABELS, ENTITIES))):
-            allowed = "a str, a list of str, a number or a list of (start, end, label), the same for all texts"
-            like = "" if i == first else f", and labels[{first}] {targets[first]!r:.40}"
-            raise ValueError(f"labels[{i}] is {targets[i]!r:.60}{like}; allowed: {allowed}.")
+    for i, target in targets.items():
+        fits = _kind(target) == kind or (target == [] and kind in (LABELS, ENTITIES))
+        if kind is None or not fits:
+            raise ValueError(
+                f"labels[{i}] is {target!r:.60}, and labels[{first}] {targets[first]!r:.40}; allowed: a str, a list of str, "
+                "a number or a list of (start, end, label), the same for all texts."
+            )
     return str(kind)
 
 
@@ -191,16 +193,22 @@ def read_examples(name: str, texts: Iterable[str], targets: Iterable[Any], label
     for i in kept:
         if problem := text_problem(given[i]):
             raise ValueError(f"texts[{i}] {problem}.")
-    kind = _common_kind(values, kept)
+    kind = _common_kind({i: values[i] for i in kept})
     chosen, found = [given[i] for i in kept], [values[i] for i in kept]
     if kind == ENTITIES:
         found = [check_spans(text, spans) for text, spans in zip(chosen, found, strict=True)]
+    elif kind == LABELS:
+        found = [sorted(set(x)) for x in found]
     places = {text: place for place, text in enumerate(dict.fromkeys(chosen))}
     distinct = {(text, repr(target)) for text, target in zip(chosen, found, strict=True)}
-    contradicting = sum(count > 1 for count in Counter(text for text, _ in distinct).values())
-    facts = {"rows": len(kept), "left_out": len(given) - len(kept), "duplicates": len(kept) - len(places)}
     names, notes = _check_numbers(found, labels or [name]) if kind == NUMBER else _check_labels(kind, found, labels)
-    facts = {**facts, "contradicting_texts": contradicting, "notes": notes}
+    facts = {
+        "rows": len(kept),
+        "left_out": len(given) - len(kept),
+        "duplicates": len(kept) - len(places),
+        "contradicting_texts": sum(count > 1 for count in Counter(text for text, _ in distinct).values()),
+        "notes": notes,
+    }
     return Examples(kind, names, list(places), np.array([places[text] for text in chosen]), found, facts)
 
 
@@ -209,6 +217,8 @@ def _check_numbers(found: list[float], names: Sequence[str]) -> tuple[list[str],
     distinct = set(found)
     if len(distinct) < 2:
         raise ValueError(f"labels holds the number {found[0]} alone; there is nothing to learn.")
+    if isinstance(names, str) or len(names) != 1:
+        raise ValueError(f"labels= is {names!r}; allowed for numbers: a list with the one name of the value.")
     is_class = len(distinct) <= 20 and all(float(x).is_integer() for x in distinct)
     note = f"labels are {len(distinct)} different whole numbers, and were learned as numbers. If they stand for classes, "
     return list(names), [note + "give them as str."] if is_class else []
@@ -244,18 +254,16 @@ def labels_of(kind: str, target: Any) -> list[str]:
 
 def check_spans(text: str, spans: list[Any]) -> list[tuple[int, int, str]]:
     """Returns a text's entities in their order, without spaces at their ends."""
-    found: list[tuple[int, int, str]] = []
-    for start, end, label in sorted(spans):
-        inside = type(start) is int and type(end) is int and 0 <= start < end <= len(text)
-        if not inside or not text[start:end].strip():
+    found = []
+    for start, end, label in spans:
+        inside = type(start) is type(end) is int and 0 <= start < end <= len(text)
+        if not inside or not (marked := text[start:end]).strip():
             raise ValueError(f"The entity {(start, end, label)} lies outside the text {text!r:.60} or marks no word of it.")
-        if found and start < found[-1][1]:
-            raise ValueError(
-                f"The entities {found[-1]} and {(start, end, label)} of {text!r:.60} overlap; keep one of them."
-            )
-        marked = text[start:end]
-        found.append((start + len(marked) - len(marked.lstrip()), start + len(marked.rstrip()), label))
-    return found
+        found.append((end - len(marked.lstrip()), start + len(marked.rstrip()), label))
+    for first, second in pairwise(sorted(found)):
+        if second[0] < first[1]:
+            raise ValueError(f"The entities {first} and {second} of {text!r:.60} overlap; keep one of them.")
+    return sorted(found)
 
 
 def held_out(examples: Examples, seed: int) -> list[np.ndarray]:
@@ -273,8 +281,7 @@ def held_out(examples: Examples, seed: int) -> list[np.ndarray]:
             folds[members] = (dealt + np.arange(len(members))) % FOLDS
             dealt += len(members)
     count = FOLDS if len(examples.rows) <= CROSS_VALIDATED and examples.kind != ENTITIES else 1
-    masks = [folds[examples.rows] == fold for fold in range(count)]
-    return [mask for mask in masks if mask.any()]
+    return [mask for fold in range(count) if (mask := folds[examples.rows] == fold).any()]
 
 
 # Scores
@@ -314,15 +321,10 @@ def score(kind: str, truth: list[Any], answers: list[Any]) -> Report:
 # What the head reads
 
 
-def read(annotator: Any, name: str, texts: list[str], progress: bool) -> Iterator[list[Window]]:
+def read(annotator: Any, name: str, texts: list[str], progress: bool) -> Iterable[list[Window]]:
     """Yields each text's windows with what head `name` gives, as `logits[name]`."""
-    with tqdm(total=len(texts), desc="reading", unit=" texts", disable=not progress) as bar:
-        for chunk in text_chunks(texts):
-            windows = annotator.windows(chunk, [name])
-            for batch in length_batches(windows, annotator.batch_tokens):
-                annotator.run(batch, [name])
-            yield from (list(group) for _, group in groupby(windows, key=lambda window: window.text))
-            bar.update(len(chunk))
+    found = (windows for chunk in text_chunks(texts) for windows in annotator.read(chunk, [name]))
+    return tqdm(found, desc="reading", unit=" texts", total=len(texts), disable=not progress)
 
 
 def read_pooled(annotator: Any, name: str, texts: list[str], progress: bool, width: int) -> np.ndarray:
@@ -339,21 +341,22 @@ def read_pooled(annotator: Any, name: str, texts: list[str], progress: bool, wid
 # Heads for texts
 
 
+def _sum_over_labels(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
+
+
+LOSSES = {LABEL: F.cross_entropy, LABELS: _sum_over_labels, NUMBER: F.mse_loss}
+
+
 def fit_linear(kind: str, inputs: Tensor, targets: Tensor, strength: float, start: list[Tensor]) -> list[Tensor]:
     """Returns weight [C, H] and bias [C] by L-BFGS from where they start, for inputs, float [N, H]."""
     parameters = [x.clone().requires_grad_() for x in start]
+    weight, bias = parameters
     optimizer = torch.optim.LBFGS(parameters, max_iter=MOST_ITERATIONS, tolerance_change=1e-5, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        logits = inputs @ parameters[0].T + parameters[1]
-        if kind == LABEL:
-            loss = F.cross_entropy(logits, targets)
-        elif kind == LABELS:
-            loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
-        else:
-            loss = F.mse_loss(logits, targets)
-        loss = loss + strength / 2 * parameters[0].square().sum()
+        loss = LOSSES[kind](inputs @ weight.T + bias, targets) + strength / 2 * weight.square().sum()
         loss.backward()
         return loss.detach()
 
@@ -455,12 +458,14 @@ def word_logits(head: Any, data: list[Words], casing_dropout: float = 0.0) -> Te
 
 
 def train_words(
-    head: Any, data: list[Words], epochs: int, last: int, progress: bool, out: Sequence[Words] = ()
+    model: Any, name: str, data: list[Words], out: list[Words], epochs: int, last: int, seed: int, progress: bool
 ) -> tuple[int, float]:
-    """Trains a token head for `last` epochs of a schedule of `epochs`; returns the epoch it is left at and its temperature.
+    """Gives the model a head trained for `last` epochs of a schedule of `epochs`; returns its epoch and temperature.
 
     Of windows held out, `out`, the epoch with the least loss decides; without any, it is the last, at a temperature of 1.
     """
+    torch.default_generator.manual_seed(seed)  # the CPU's alone, where heads are trained
+    head = model.new_head(model.config.task_specs[name])
     optimizer = torch.optim.AdamW(head.parameters(), lr=WORD_RATE)
     steps = epochs * math.ceil(len(data) / WORD_BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -473,15 +478,15 @@ def train_words(
             F.cross_entropy(word_logits(head, batch, CASING_DROPOUT), torch.cat([tags for _, _, tags in batch])).backward()
             optimizer.step()
             schedule.step()
-        head.eval()
-        if not out:
-            continue
-        truth = torch.cat([tags for _, _, tags in out])
-        with torch.no_grad():
-            logits = torch.cat([word_logits(head, out[i : i + 64]) for i in range(0, len(out), 64)])
-        if (loss := float(F.cross_entropy(logits, truth))) < least:
-            least, best = loss, (epoch, fit_temperature(logits.numpy(), truth.numpy()), copy.deepcopy(head.state_dict()))
+        if out:
+            truth = torch.cat([tags for _, _, tags in out])
+            with torch.no_grad():
+                logits = torch.cat([word_logits(head.eval(), out[i : i + 64]) for i in range(0, len(out), 64)])
+            if (loss := float(F.cross_entropy(logits, truth))) < least:
+                temperature = fit_temperature(logits.numpy(), truth.numpy())
+                least, best = loss, (epoch, temperature, copy.deepcopy(head.state_dict()))
     head.load_state_dict(best[2])
+    install(model, name, head)
     return best[:2]
 
 
@@ -492,29 +497,21 @@ def learn_words(
 
     The fifth that is held out says after which epoch to stop; the head is then trained so far on all rows.
     """
-    model, masks = annotator.model, held_out(examples, seed)
-    tags, out = model.config.tasks[name]["labels"], masks[0] if masks else np.zeros(len(examples.rows), dtype=bool)
+    model, config, masks = annotator.model, annotator.model.config, held_out(examples, seed)
+    tags, out = config.tasks[name]["labels"], masks[0] if masks else np.zeros(len(examples.rows), dtype=bool)
     parts: dict[bool, list[Words]] = {False: [], True: []}
     for text, spans, is_out in zip(examples.rows, examples.targets, out.tolist(), strict=True):
         parts[is_out] += [(x, x.logits[name], word_tags(x, spans, tags)) for x in windows[text] if x.words]
     enough = math.ceil(WORD_STEPS * WORD_BATCH / max(1, len(parts[False])))
     total = last = epochs or min(max(WORD_EPOCHS[0], enough), WORD_EPOCHS[1])
     report: Report = {"metric": "entity_f1", "score": None, "held_out": int(out.sum())}
-
-    def train(data: list[Words], last: int, out: list[Words]) -> tuple[int, float]:
-        torch.manual_seed(seed)
-        head = model.new_head(model.config.task_specs[name])
-        found = train_words(head, data, total, last, progress, out)
-        install(model, name, head)
-        return found
-
     if parts[False] and parts[True]:
-        last, temperature = train(parts[False], total, parts[True])
+        last, temperature = train_words(model, name, parts[False], parts[True], total, total, seed, progress)
         asked = np.flatnonzero(out)
         records = annotator.stream([examples.texts[examples.rows[i]] for i in asked], [name], False)
         report |= score(ENTITIES, [examples.targets[i] for i in asked], [found_spans(x["entities"][name]) for x in records])
-        model.config.set_tasks({**model.config.tasks, name: {**model.config.tasks[name], "temperature": temperature}})
-    train(parts[False] + parts[True], last, [])
+        config.set_tasks({**config.tasks, name: {**config.tasks[name], "temperature": temperature}})
+    train_words(model, name, parts[False] + parts[True], [], total, last, seed, progress)
     return {**report, "epochs": last}
 
 
@@ -528,18 +525,7 @@ def found_spans(entities: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
 
 def install(model: Any, name: str, head: Any) -> None:
     """Puts a head in its place, where and as the model's weights are."""
-    model.heads[name] = copy.deepcopy(head).to(device=model.device, dtype=model.dtype).train(model.training)
-
-
-@contextmanager
-def _unchanged_on_error(model: Any) -> Iterator[None]:
-    """Gives a model its tasks and heads back if anything goes wrong."""
-    tasks, heads = model.config.tasks, dict(model.heads.items())
-    try:
-        yield
-    except BaseException:
-        model.config.tasks, model.heads = tasks, nn.ModuleDict(heads)
-        raise
+    model.heads[name] = head.to(device=model.device, dtype=model.dtype).train(model.training)
 
 
 def add_task(
@@ -547,10 +533,10 @@ def add_task(
     name: str,
     texts: Iterable[str],
     targets: Iterable[Any],
-    labels: Sequence[str] | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
-    refit: bool = False,
+    labels: Sequence[str] | None,
+    seed: int,
+    progress: bool | None,
+    refit: bool,
     epochs: int | None = None,
     **head: Any,
 ) -> Report:
@@ -563,28 +549,42 @@ def add_task(
     check_task_name(name)
     progress = sys.stderr.isatty() if progress is None else progress
     examples = read_examples(name, texts, targets, labels)
-    if epochs is not None and (examples.kind != ENTITIES or epochs < 1):
+    if epochs is not None and (examples.kind != ENTITIES or type(epochs) is not int or epochs < 1):
         raise ValueError(
-            f"epochs is {epochs}; it is for entities, and at least 1. Heads of texts are fitted without epochs."
+            f"epochs is {epochs!r}; it is an integer of at least 1, for entities. Heads of texts are fitted without epochs."
         )
     spec = examples.spec(head, config.hidden_size, config.num_task_layers > 0)
-    with torch.random.fork_rng(devices=[]), _unchanged_on_error(model):  # random numbers outside stay as they are
-        config.set_tasks({**config.tasks, name: spec})
-        probe = model.new_head(config.task_specs[name])  # it gives what a head reads in place of logits
-        probe.casing, probe.dense, probe.classifier = None, None, nn.Identity()
-        model.heads[name] = probe.eval()
-        if examples.kind == ENTITIES:
-            windows = list(read(annotator, name, examples.texts, progress))
-            read_at = time.monotonic()
-            learned = learn_words(annotator, name, examples, windows, seed, progress, epochs)
-        else:
-            width = len(READS[spec["reads"]]) * config.hidden_size
-            features = read_pooled(annotator, name, examples.texts, progress, width)
-            read_at = time.monotonic()
-            weights, fields, learned = learn_texts(examples, features, seed, progress)
-            config.set_tasks({**config.tasks, name: {**spec, **fields}})
-            fitted = model.new_head(config.task_specs[name])
-            fitted.classifier.load_state_dict(weights)
-            install(model, name, fitted)
-    seconds = {"seconds": round(time.monotonic() - started, 2), "seconds_fitting": round(time.monotonic() - read_at, 2)}
+    tasks, heads = config.tasks, dict(model.heads.items())
+    try:
+        with torch.random.fork_rng(devices=[]):  # random numbers outside stay as they are
+            learned, fitting = _learn(annotator, name, examples, spec, seed, progress, epochs)
+    except BaseException:
+        config.tasks, model.heads = tasks, nn.ModuleDict(heads)
+        raise
+    seconds = {"seconds": round(time.monotonic() - started, 2), "seconds_fitting": round(fitting, 2)}
     return {"task": name, "kind": examples.kind, "labels": examples.labels, **examples.facts, **learned, **seconds}
+
+
+def _learn(
+    annotator: Any, name: str, examples: Examples, spec: dict[str, Any], seed: int, progress: bool, epochs: int | None
+) -> tuple[Report, float]:
+    """Reads the texts and gives the model a fitted head; returns what the report says of it, and the seconds of fitting."""
+    model, config = annotator.model, annotator.model.config
+    config.set_tasks({**config.tasks, name: spec})
+    probe = model.new_head(config.task_specs[name])  # it gives what a head reads in place of logits
+    probe.casing, probe.dense, probe.classifier = None, None, nn.Identity()
+    model.heads[name] = probe.eval()
+    if examples.kind == ENTITIES:
+        windows = list(read(annotator, name, examples.texts, progress))
+        start = time.monotonic()
+        learned = learn_words(annotator, name, examples, windows, seed, progress, epochs)
+    else:
+        width = len(READS[spec["reads"]]) * config.hidden_size
+        features = read_pooled(annotator, name, examples.texts, progress, width)
+        start = time.monotonic()
+        weights, fields, learned = learn_texts(examples, features, seed, progress)
+        config.set_tasks({**config.tasks, name: {**spec, **fields}})
+        head = model.new_head(config.task_specs[name])
+        head.classifier.load_state_dict(weights)
+        install(model, name, head)
+    return learned, time.monotonic() - start

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from itertools import groupby
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -362,13 +363,32 @@ class Annotator:
         names = list(self.model.config.tasks) if tasks is None else tasks
         for chunk in text_chunks(texts):
             distinct = list(dict.fromkeys(chunk))  # the same text is computed once
-            windows = self.windows(distinct, names)
-            self.run_all(list(length_batches(windows, batch_tokens or self.batch_tokens)), names, VECTORS[embedding])
-            records = self.records(distinct, windows, names, VECTORS[embedding], min_score)
+            by_text = self.read(distinct, names, VECTORS[embedding], batch_tokens)
+            records = self.records(distinct, by_text, names, VECTORS[embedding], min_score)
             if len(distinct) < len(chunk):
                 found = dict(zip(distinct, records, strict=True))
                 records = [copy.deepcopy(found[text]) for text in chunk]
             yield from records
+
+    def read(
+        self, texts: list[str], tasks: list[str], vector: str | None = None, batch_tokens: int | None = None
+    ) -> list[list[Window]]:
+        """Returns each text's windows with what the model says of them, see `run`.
+
+        With ONNX Runtime as many batches run at a time as PyTorch has threads.
+        """
+        windows = self.windows(texts, tasks)
+        self.tokens_seen += sum(len(window.input_ids) for window in windows)
+        batches = list(length_batches(windows, batch_tokens or self.batch_tokens))
+        run = partial(self.run, tasks=tasks, vector=vector)
+        threads = 1 if self.backend == "torch" else min(torch.get_num_threads(), len(batches))
+        if threads == 1:
+            for batch in batches:
+                run(batch)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(run, batches))
+        return [list(group) for _, group in groupby(windows, key=lambda window: window.text)]
 
     def windows(self, texts: list[str], tasks: list[str]) -> list[Window]:
         """Returns the windows of all texts, in their order."""
@@ -390,18 +410,6 @@ class Annotator:
                 is_last = i + 1 == len(sources) or sources[i + 1] != source
                 find_words(windows[-1], texts[source], encoding, is_first, is_last)
         return windows
-
-    def run_all(self, batches: list[list[Window]], tasks: list[str], vector: str | None = None) -> None:
-        """Runs the model over batches, see `run`: with ONNX Runtime as many at a time as PyTorch has threads."""
-        self.tokens_seen += sum(len(window.input_ids) for batch in batches for window in batch)
-        run = partial(self.run, tasks=tasks, vector=vector)
-        threads = 1 if self.backend == "torch" else min(torch.get_num_threads(), len(batches))
-        if threads == 1:
-            for batch in batches:
-                run(batch)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, batches))
 
     def run(self, windows: list[Window], tasks: list[str], vector: str | None = None) -> None:
         """Runs the model once over a batch of windows and stores in each what it says.
@@ -436,12 +444,9 @@ class Annotator:
         return vectors.cpu().numpy(), logits
 
     def records(
-        self, texts: list[str], windows: list[Window], tasks: list[str], vector: str | None, min_score: float = 0.0
+        self, texts: list[str], by_text: list[list[Window]], tasks: list[str], vector: str | None, min_score: float = 0.0
     ) -> list[Record]:
-        """Returns one record per text from its windows, all of which `run` has seen."""
-        by_text: list[list[Window]] = [[] for _ in texts]
-        for window in windows:
-            by_text[window.text].append(window)
+        """Returns one record per text from each text's windows, as `read` gives them."""
         specs = self.model.config.task_specs
         records: list[Record] = [{} for _ in texts]
         found: list[Any]

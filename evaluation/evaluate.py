@@ -63,7 +63,6 @@ from evaluation.metrics import (
     regression_metrics,
     similarity_metrics,
 )
-from learning_multitask import read
 from modeling_multitask import IGNORE_INDEX
 from pipeline_multitask import (
     EKMAN,
@@ -285,9 +284,8 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
     """
     is_token, annotator = pipe.model.config.task_specs[name].kind == TOKEN, pipe.annotator
     for chunk in text_chunks(texts):
-        by_text = list(read(annotator, name, chunk, False))
-        windows = [window for group in by_text for window in group]
-        for record, group in zip(annotator.records(chunk, windows, [name], None), by_text, strict=True):
+        by_text = annotator.read(chunk, [name])
+        for record, group in zip(annotator.records(chunk, by_text, [name], None), by_text, strict=True):
             if is_token:
                 yield record, *merge_words(name, group)
             else:

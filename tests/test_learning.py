@@ -56,9 +56,10 @@ def test_a_task_is_learned_and_everything_else_stays_to_the_bit(branch):
     assert answers == ["city", "other"]
 
 
-def test_the_same_seed_gives_the_same_head_and_random_numbers_outside_are_left_alone():
+def test_the_same_seed_gives_the_same_head_and_random_numbers_outside_are_left_alone(monkeypatch):
     torch.manual_seed(7)
-    expected = torch.rand(1)
+    expected, of_gpus = torch.rand(1), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", of_gpus.append)
     found = []
     for _ in range(2):
         pipe = new_pipe()
@@ -68,6 +69,7 @@ def test_the_same_seed_gives_the_same_head_and_random_numbers_outside_are_left_a
         assert report["kind"] == "entities"
     assert all(torch.equal(x, found[1][0][key]) for key, x in found[0][0].items())
     assert torch.equal(found[0][1], expected) and torch.equal(found[1][1], expected)
+    assert of_gpus == [0, 7] * 2, "the seeds of the model and of this test alone"
 
 
 def test_several_labels_get_thresholds_and_numbers_are_predicted():
@@ -135,6 +137,14 @@ def test_duplicates_and_contradictions_are_counted_and_never_held_out_apart():
         assert (mask[:40] == mask[40:]).all()
 
 
+def test_labels_may_come_in_any_order_and_twice_and_spans_as_lists_or_tuples():
+    targets = [["b", "a", "b"] if i % 2 else ["c"] for i in range(40)]
+    examples = learning_multitask.read_examples("x", CITIES * 2, [*targets, *([set(x) for x in targets])], None)
+    assert examples.facts["contradicting_texts"] == 0 and examples.targets[1] == ["a", "b"]
+    spans = [[(4, 8, "A"), [0, 3, "B"]], []]
+    assert learning_multitask.read_examples("x", ["Tim Cook", "a"], spans, None).targets[0] == [(0, 3, "B"), (4, 8, "A")]
+
+
 def test_a_label_seen_once_is_learned_and_said():
     report = new_pipe().add_task("place", [*CITIES, "tim cook"], [*LABELS, "person"])
     assert report["labels"] == ["city", "other", "person"] and "1 labels occur once (person)" in report["notes"][0]
@@ -199,5 +209,8 @@ def test_a_mistake_half_way_leaves_the_model_as_it_was(shared, monkeypatch):
         ValueError, match=r"head has the fields \['hidden_dim'\]; allowed here: fallback, pooling_mode, reads"
     ):
         shared.add_task("new", CITIES, LABELS, hidden_dim=3)
-    with pytest.raises(ValueError, match="epochs is 3; it is for entities"):
+    with pytest.raises(ValueError, match="epochs is 3; it is an integer of at least 1, for entities"):
         shared.add_task("new", CITIES, LABELS, epochs=3)
+    for names in (["a", "b"], "stars"):
+        with pytest.raises(ValueError, match="allowed for numbers: a list with the one name of the value"):
+            shared.add_task("new", CITIES, range(40), labels=names)

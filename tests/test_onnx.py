@@ -19,12 +19,10 @@ onnx = pytest.importorskip("onnx")
 from common.recipe import Recipe  # noqa: E402
 from modeling_multitask import MultiTaskModel  # noqa: E402
 from pipeline_multitask import (  # noqa: E402
-    CPU_BATCH_TOKENS,
     ONNX_FILES,
     ONNX_PARTS,
     Record,
     Window,
-    length_batches,
     onnx_part,
 )
 from release import onnx as release_onnx  # noqa: E402
@@ -283,10 +281,8 @@ def answers(folder: Path, backend: str, texts: list[str]) -> tuple[list[Window],
     """Returns what a backend says of each window of the texts, and the records."""
     pipe = pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend=backend)
     tasks, vector = list(pipe.model.config.tasks), "sentence_embedding"
-    windows = pipe.annotator.windows(texts, tasks)
-    for batch in length_batches(windows, CPU_BATCH_TOKENS):
-        pipe.annotator.run(batch, tasks, vector)
-    return windows, pipe.annotator.records(texts, windows, tasks, vector)
+    by_text = pipe.annotator.read(texts, tasks, vector)
+    return [window for windows in by_text for window in windows], pipe.annotator.records(texts, by_text, tasks, vector)
 
 
 def decisions(record: Record) -> list[Any]:
