@@ -158,22 +158,22 @@ class Window:
 
 def find_words(window: Window, text: str, encoding: Any, is_first: bool, is_last: bool) -> None:
     """Fills in the words of a window from its fast-tokenizer encoding."""
-    spans, starts = word_starts(text, encoding.offsets, encoding.word_ids)
+    word_ids = encoding.word_ids  # the tokenizer makes a new list each time
+    spans, starts = word_starts(text, encoding.offsets, word_ids)
     last_tokens: list[int] = []
     for token, (span, is_start) in enumerate(zip(spans, starts, strict=True)):
         if is_start:
             window.words.append((token, span))
             last_tokens.append(token)
-        elif window.words and encoding.word_ids[token] is not None and span[0] < span[1]:
+        elif window.words and word_ids[token] is not None and span[0] < span[1]:
             first, (start, end) = window.words[-1]
             window.words[-1] = (first, (start, max(end, span[1])))
             last_tokens[-1] = token
     window.casings = [0] * len(spans)
+    before, after = (float("inf") if is_end else 0 for is_end in (is_first, is_last))  # no context is missing at an end
     for (first, (start, end)), last in zip(window.words, last_tokens, strict=True):
         window.casings[first : last + 1] = [word_casing(text[start:end])] * (last + 1 - first)
-        left = float("inf") if is_first else first
-        right = float("inf") if is_last else len(spans) - 1 - last
-        window.context.append(min(left, right))
+        window.context.append(min(before + first, after + len(spans) - 1 - last))
 
 
 class BioScheme:
@@ -734,7 +734,7 @@ def _word_answers(
     scores = probabilities[np.arange(len(path)), path]
     answers = []
     for text, (spans, _), first, end in zip(texts, merged, bounds[:-1], bounds[1:], strict=True):
-        labels, certainty = path[first:end], scores[first:end]
+        labels, certainty = path[first:end], scores[first:end].tolist()
         if scheme is None:
             found = [(word, word + 1, spec.labels[label]) for word, label in enumerate(labels)]
         else:
@@ -744,9 +744,9 @@ def _word_answers(
     return answers
 
 
-def _entity(text: str, spans: list[Span], certainty: np.ndarray, first: int, end: int, group: str) -> Record:
+def _entity(text: str, spans: list[Span], certainty: list[float], first: int, end: int, group: str) -> Record:
     start, stop = spans[first][0], spans[end - 1][1]
-    score = float(certainty[first:end].mean())
+    score = sum(certainty[first:end]) / (end - first)
     return {"entity_group": group, "score": score, "word": text[start:stop], "start": start, "end": stop}
 
 
