@@ -8,12 +8,11 @@ says how strong the regularization is, how sure the scores are, and how good the
 import copy
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +22,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 try:
-    if not TYPE_CHECKING:  # mypy checks these files outside a package
-        from .configuration_multitask import READS, SEQUENCE, TOKEN, check_task_name, is_number
-        from .pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
+    from .configuration_multitask import READS, SEQUENCE, TOKEN, check_task_name, is_number
+    from .pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
     from configuration_multitask import READS, SEQUENCE, TOKEN, check_task_name, is_number
     from pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
@@ -97,23 +95,14 @@ def fit_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
 
 @dataclass
 class Examples:
-    """Checked examples.
+    """Checked examples."""
 
-    Attributes:
-        kind: "label", "labels", "number" or "entities".
-        labels: The label names; for numbers the name of the value, for entities their types.
-        texts: The distinct texts.
-        rows: int [N], each row's text.
-        targets: The N labels: str, list of str, float, or list of (start, end, type).
-        facts: What the report says of them.
-    """
-
-    kind: str
-    labels: list[str]
-    texts: list[str]
-    rows: np.ndarray
-    targets: list[Any]
-    facts: Report
+    kind: str  # LABEL, LABELS, NUMBER or ENTITIES
+    labels: list[str]  # the label names; for numbers the name of the value, for entities their types
+    texts: list[str]  # the distinct texts
+    rows: np.ndarray  # int [N], each row's text
+    targets: list[Any]  # the N labels: str, list of str, float, or list of (start, end, type)
+    facts: Report  # what the report says of them
 
     def spec(self, head: dict[str, Any], hidden_size: int, has_branch: bool) -> dict[str, Any]:
         """Returns the fields of the head's `TaskSpec`."""
@@ -298,8 +287,11 @@ def score(kind: str, truth: list[Any], answers: list[Any]) -> Report:
         return {"metric": "r2", "score": float(1 - errors / max(spread, 1e-12))}
     pairs = list(zip(truth, answers, strict=True))
     if kind == LABEL:
-        metric, confused = "accuracy", [pair for pair in pairs if pair[0] != pair[1]]
-        value = (len(pairs) - len(confused)) / max(1, len(pairs))
+        metric, value, confused = (
+            "accuracy",
+            float(np.mean([x == y for x, y in pairs])),
+            [(x, y) for x, y in pairs if x != y],
+        )
     else:
         metric, group = ("macro_f1", str) if kind == LABELS else ("entity_f1", lambda entity: "")  # one F1 for all entities
         said, hits = Counter(), Counter()
@@ -310,10 +302,11 @@ def score(kind: str, truth: list[Any], answers: list[Any]) -> Report:
         value = sum(2 * hits[x] / max(1, said[x]) for x in occurs) / len(occurs)
         if kind == LABELS:
             return {"metric": metric, "score": value}
-        overlaps = [
-            (x, next((y for y in found if y[0] < x[1] and x[0] < y[1]), (0, 0, "O"))) for gold, found in pairs for x in gold
-        ]
-        confused = [(x[2], y[2]) for x, y in overlaps if x[2] != y[2]]
+        confused = []
+        for gold, found in pairs:
+            for start, end, label in gold:
+                answer = next((y[2] for y in found if y[0] < end and start < y[1]), "O")
+                confused += [(label, answer)] if answer != label else []
     most = Counter(sorted(confused)).most_common(3)
     return {"metric": metric, "score": value, "confusions": [(*pair, count) for pair, count in most]}
 
@@ -341,22 +334,20 @@ def read_pooled(annotator: Any, name: str, texts: list[str], progress: bool, wid
 # Heads for texts
 
 
-def _sum_over_labels(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
-
-
-LOSSES = {LABEL: F.cross_entropy, LABELS: _sum_over_labels, NUMBER: F.mse_loss}
-
-
 def fit_linear(kind: str, inputs: Tensor, targets: Tensor, strength: float, start: list[Tensor]) -> list[Tensor]:
     """Returns weight [C, H] and bias [C] by L-BFGS from where they start, for inputs, float [N, H]."""
     parameters = [x.clone().requires_grad_() for x in start]
     weight, bias = parameters
+    losses = {
+        LABEL: F.cross_entropy,
+        LABELS: lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(logits),
+        NUMBER: F.mse_loss,
+    }
     optimizer = torch.optim.LBFGS(parameters, max_iter=MOST_ITERATIONS, tolerance_change=1e-5, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = LOSSES[kind](inputs @ weight.T + bias, targets) + strength / 2 * weight.square().sum()
+        loss = losses[kind](inputs @ weight.T + bias, targets) + strength / 2 * weight.square().sum()
         loss.backward()
         return loss.detach()
 
@@ -541,7 +532,7 @@ def add_task(
     **head: Any,
 ) -> Report:
     """Adds a task to the annotator's model and returns the report; see `MultiTaskPipeline.add_task`."""
-    model, config, started = annotator.model, annotator.model.config, time.monotonic()
+    model, config = annotator.model, annotator.model.config
     if annotator.backend != "torch":
         raise ValueError(f"backend is {annotator.backend!r}; an export has the heads that it has. Add tasks with 'torch'.")
     if name in model.heads and not refit:
@@ -557,18 +548,17 @@ def add_task(
     tasks, heads = config.tasks, dict(model.heads.items())
     try:
         with torch.random.fork_rng(devices=[]):  # random numbers outside stay as they are
-            learned, fitting = _learn(annotator, name, examples, spec, seed, progress, epochs)
+            learned = _learn(annotator, name, examples, spec, seed, progress, epochs)
     except BaseException:
         config.tasks, model.heads = tasks, nn.ModuleDict(heads)
         raise
-    seconds = {"seconds": round(time.monotonic() - started, 2), "seconds_fitting": round(fitting, 2)}
-    return {"task": name, "kind": examples.kind, "labels": examples.labels, **examples.facts, **learned, **seconds}
+    return {"task": name, "kind": examples.kind, "labels": examples.labels, **examples.facts, **learned}
 
 
 def _learn(
     annotator: Any, name: str, examples: Examples, spec: dict[str, Any], seed: int, progress: bool, epochs: int | None
-) -> tuple[Report, float]:
-    """Reads the texts and gives the model a fitted head; returns what the report says of it, and the seconds of fitting."""
+) -> Report:
+    """Reads the texts and gives the model a fitted head; returns what the report says of it."""
     model, config = annotator.model, annotator.model.config
     config.set_tasks({**config.tasks, name: spec})
     probe = model.new_head(config.task_specs[name])  # it gives what a head reads in place of logits
@@ -576,15 +566,11 @@ def _learn(
     model.heads[name] = probe.eval()
     if examples.kind == ENTITIES:
         windows = list(read(annotator, name, examples.texts, progress))
-        start = time.monotonic()
-        learned = learn_words(annotator, name, examples, windows, seed, progress, epochs)
-    else:
-        width = len(READS[spec["reads"]]) * config.hidden_size
-        features = read_pooled(annotator, name, examples.texts, progress, width)
-        start = time.monotonic()
-        weights, fields, learned = learn_texts(examples, features, seed, progress)
-        config.set_tasks({**config.tasks, name: {**spec, **fields}})
-        head = model.new_head(config.task_specs[name])
-        head.classifier.load_state_dict(weights)
-        install(model, name, head)
-    return learned, time.monotonic() - start
+        return learn_words(annotator, name, examples, windows, seed, progress, epochs)
+    features = read_pooled(annotator, name, examples.texts, progress, len(READS[spec["reads"]]) * config.hidden_size)
+    weights, fields, learned = learn_texts(examples, features, seed, progress)
+    config.set_tasks({**config.tasks, name: {**spec, **fields}})
+    fitted = model.new_head(config.task_specs[name])
+    fitted.classifier.load_state_dict(weights)
+    install(model, name, fitted)
+    return learned
