@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from itertools import groupby
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,10 @@ from transformers.utils import cached_file
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
-        from .configuration_multitask import CASINGS, is_number
+        from .configuration_multitask import CASINGS, TOKEN, is_number
         from .weights_multitask import sha256
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import CASINGS, is_number
+    from configuration_multitask import CASINGS, TOKEN, is_number
     from weights_multitask import sha256
 
 Span = tuple[int, int]
@@ -258,8 +257,10 @@ class OnnxModel:
     """
 
     def __init__(self, model: Any, backend: str) -> None:
-        if find_spec("onnxruntime") is None:
-            raise ValueError(f"backend is {backend!r}; it needs onnxruntime: pip install onnxruntime")
+        try:  # in a `try`, or transformers takes it for something that this file cannot do without
+            import onnxruntime
+        except ImportError as error:
+            raise ValueError(f"backend is {backend!r}; it needs onnxruntime: pip install onnxruntime ({error})") from error
         source, file = model.name_or_path, ONNX_FILES[backend]
         try:
             self.paths = {"": cached_file(source, file, **model.hub_options)}
@@ -270,7 +271,7 @@ class OnnxModel:
         for part in ONNX_PARTS:  # an export without them computes everything each time
             options = {**model.hub_options, "_raise_exceptions_for_missing_entries": False}
             self.paths[part] = cached_file(source, onnx_part(file, part), **options) or self.paths[""]
-        self.sessions: dict[str, Any] = {}
+        self.runtime, self.sessions = onnxruntime, dict[str, Any]()
         self.lock = Lock()  # batches run side by side, and the first of them make the sessions
 
     def session(self, part: str) -> Any:
@@ -279,19 +280,14 @@ class OnnxModel:
         Raises:
             ValueError: The part's weights are not those of the file beside it.
         """
-        try:  # in a `try`, or transformers takes it for something that this file cannot do without
-            import onnxruntime
-        except ImportError as error:
-            raise ValueError(f"onnxruntime cannot be imported: {error}") from error
-
         path = self.paths[part]
         with self.lock:
             if path in self.sessions:
                 return self.sessions[path]
-            options = onnxruntime.SessionOptions()
+            options = self.runtime.SessionOptions()
             options.intra_op_num_threads = 1  # of one batch: the pipeline runs several at once, which scales better
             options.log_severity_level = 3  # it warns of every input that may be left out
-            session = onnxruntime.InferenceSession(
+            session = self.runtime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW_FUSIONS
             )
             whole = session.get_modelmeta().custom_metadata_map.get("weights_sha256")
@@ -346,11 +342,6 @@ class Annotator:
         self.tokens_seen, self.backend = 0, backend
         self._run = self._run_torch if backend == "torch" else OnnxModel(model, backend)
 
-    @property
-    def batch_tokens(self) -> int:
-        """The usual token budget of a batch on this device."""
-        return CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
-
     def stream(
         self,
         texts: Iterable[str],
@@ -379,12 +370,12 @@ class Annotator:
         """
         windows = self.windows(texts, tasks)
         self.tokens_seen += sum(len(window.input_ids) for window in windows)
-        batches = list(length_batches(windows, batch_tokens or self.batch_tokens))
+        usual = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+        batches = list(length_batches(windows, batch_tokens or usual))
         run = partial(self.run, tasks=tasks, vector=vector)
         threads = 1 if self.backend == "torch" else min(torch.get_num_threads(), len(batches))
         if threads == 1:
-            for batch in batches:
-                run(batch)
+            list(map(run, batches))
         else:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(run, batches))
@@ -399,9 +390,7 @@ class Annotator:
         )
         sources = encoded["overflow_to_sample_mapping"]
         config = self.model.config
-        needs_words = bool(tasks) and (
-            config.num_task_layers > 0 or any(config.tasks[name]["kind"] == "token_classification" for name in tasks)
-        )
+        needs_words = any(config.num_task_layers > 0 or config.tasks[name]["kind"] == TOKEN for name in tasks)
         windows = []
         for i, (source, encoding) in enumerate(zip(sources, encoded.encodings, strict=True)):
             windows.append(Window(source, encoding.ids))
@@ -455,12 +444,11 @@ class Annotator:
                 mean = mean_over_windows(group, [window.embedding for window in group])
                 record[vector] = mean if len(group) == 1 else mean / max(np.linalg.norm(mean), 1e-12)
         for name in tasks:
-            if specs[name].kind == "token_classification":
-                found = _word_answers(specs[name], name, texts, by_text, min_score)
+            if specs[name].kind == TOKEN:
+                part, found = "entities", _word_answers(specs[name], name, texts, by_text, min_score)
             else:
                 means = [mean_over_windows(group, [window.logits[name] for window in group]) for group in by_text]
-                found = [text_answer(specs[name], logits, min_score) for logits in means]
-            part = "entities" if specs[name].kind == "token_classification" else "labels"
+                part, found = "labels", [text_answer(specs[name], logits, min_score) for logits in means]
             for record, answer in zip(records, found, strict=True):
                 record.setdefault(part, {})[name] = answer
         return records
@@ -558,15 +546,11 @@ class MultiTaskPipeline(Pipeline):
             return list(self.annotator.stream(inputs, **options))
         return self.annotator.stream(inputs, **options)
 
-    # The base class asks for these; `__call__` goes by the annotator.
-    def preprocess(self, input_: Any, **parameters: Any) -> Any:
-        return self.annotator.windows(input_, **parameters)
+    def preprocess(self, *_: Any, **options: Any) -> Any:
+        """Not used: the base class asks for these three methods, and `__call__` goes by the annotator."""
+        raise NotImplementedError
 
-    def _forward(self, input_tensors: Any, **parameters: Any) -> Any:
-        return self.annotator.run(input_tensors, **parameters)
-
-    def postprocess(self, model_outputs: Any, **parameters: Any) -> Any:
-        return self.annotator.records(*model_outputs, **parameters)
+    _forward = postprocess = preprocess
 
     def add_task(
         self,
@@ -693,12 +677,9 @@ def text_answer(spec: Any, logits: np.ndarray, min_score: float = 0.0) -> Record
             present = None if min_score else [] if spec.fallback is None else [spec.fallback]
         return {"labels": present, "scores": dict(zip(spec.labels, scores.tolist(), strict=True))}
     scores = _softmax(logits)
-    best = int(scores.argmax())
-    return {
-        "label": spec.labels[best] if scores[best] >= min_score else None,
-        "score": float(scores[best]),
-        "scores": dict(zip(spec.labels, scores.tolist(), strict=True)),
-    }
+    best, score = spec.labels[scores.argmax()], scores.max()
+    shown = dict(zip(spec.labels, scores.tolist(), strict=True))
+    return {"label": best if score >= min_score else None, "score": float(score), "scores": shown}
 
 
 def group_scores(scores: dict[str, float], groups: Mapping[str, Iterable[str]] = EKMAN) -> dict[str, float]:
@@ -722,32 +703,22 @@ def _word_answers(
 ) -> list[list[Record]]:
     """Returns each text's entities (or, without a BIO scheme, its words) of at least `min_score` for one token task."""
     merged = [merge_words(name, windows) for windows in by_text]
-    counts = [len(spans) for spans, _ in merged]
-    bounds = np.concatenate([[0], np.cumsum(counts)]).astype(int)
-    logits = np.concatenate([logits for _, logits in merged]) if bounds[-1] else np.zeros((0, len(spec.labels)))
-    probabilities = _softmax(logits)  # [W, C], the words of all texts
-    if spec.is_bio:
-        scheme = BioScheme(spec.labels)
-        path = scheme.decode(np.log(probabilities.clip(min=1e-30)), bounds[:-1]) if bounds[-1] else np.zeros(0, dtype=int)
-    else:
-        scheme, path = None, probabilities.argmax(axis=1)
+    bounds = np.cumsum([0, *(len(spans) for spans, _ in merged)])
+    probabilities = _softmax(np.concatenate([logits for _, logits in merged]))  # [W, C], the words of all texts
+    scheme = BioScheme(spec.labels) if spec.is_bio else None
+    path = scheme.decode(np.log(probabilities.clip(min=1e-30)), bounds[:-1]) if scheme else probabilities.argmax(axis=1)
     scores = probabilities[np.arange(len(path)), path]
-    answers = []
-    for text, (spans, _), first, end in zip(texts, merged, bounds[:-1], bounds[1:], strict=True):
-        labels, certainty = path[first:end], scores[first:end].tolist()
-        if scheme is None:
-            found = [(word, word + 1, spec.labels[label]) for word, label in enumerate(labels)]
-        else:
-            found = scheme.entities(labels)
-        entities = [_entity(text, spans, certainty, *entity) for entity in found]
-        answers.append([entity for entity in entities if entity["score"] >= min_score])
+    answers: list[list[Record]] = []
+    for text, (spans, _), low, high in zip(texts, merged, bounds[:-1], bounds[1:], strict=True):
+        labels, certainty = path[low:high], scores[low:high].tolist()
+        found = scheme.entities(labels) if scheme else [(word, word + 1, spec.labels[x]) for word, x in enumerate(labels)]
+        answers.append([])
+        for first, end, group in found:
+            score, start, stop = sum(certainty[first:end]) / (end - first), spans[first][0], spans[end - 1][1]
+            if score >= min_score:
+                entity = {"entity_group": group, "score": score, "word": text[start:stop], "start": start, "end": stop}
+                answers[-1].append(entity)
     return answers
-
-
-def _entity(text: str, spans: list[Span], certainty: list[float], first: int, end: int, group: str) -> Record:
-    start, stop = spans[first][0], spans[end - 1][1]
-    score = sum(certainty[first:end]) / (end - first)
-    return {"entity_group": group, "score": score, "word": text[start:stop], "start": start, "end": stop}
 
 
 def merge_words(name: str, windows: list[Window]) -> tuple[list[Span], np.ndarray]:
