@@ -60,6 +60,15 @@ def is_inside(value: object, suffix: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "\\" not in value and ":" not in value
 
 
+def _is_width(value: object) -> bool:
+    return value is None or (type(value) is int and 0 < value <= GREATEST_DIM)
+
+
+def _require(holds: bool, field: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{field} is {value!r}; allowed: {allowed}.")
+
+
 def check_task_name(name: Any) -> None:
     """Raises a ValueError if `name` cannot name a task: the heads live in a ModuleDict, whose attributes cannot."""
     well_formed = isinstance(name, str) and _TASK_NAME.fullmatch(name)
@@ -118,9 +127,7 @@ class TaskSpec:
         dropout = self.classifier_dropout
         self._require(is_number(dropout) and 0 <= dropout < 1, "classifier_dropout", "a number in [0, 1)")
         for field in ("hidden_dim", "casing_dim"):
-            width = getattr(self, field)
-            well_formed = width is None or (type(width) is int and 0 < width <= GREATEST_DIM)
-            self._require(well_formed, field, f"null or an integer from 1 to {GREATEST_DIM}")
+            self._require(_is_width(getattr(self, field)), field, f"null or an integer from 1 to {GREATEST_DIM}")
         self._require(self.casing_dim is None or self.kind == TOKEN, "casing_dim", f"null for a {SEQUENCE} task")
         modes = (None, *POOLING_MODES) if self.kind == SEQUENCE else (None,)
         self._require(self.pooling_mode in modes, "pooling_mode", f"null, or for a text {', '.join(POOLING_MODES)}")
@@ -155,8 +162,7 @@ class TaskSpec:
         return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
     def _require(self, holds: bool, field: str, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}.")
+        _require(holds, field, getattr(self, field), allowed)
 
     def _check_labels(self) -> None:
         labels = self.labels
@@ -225,11 +231,10 @@ class MultiTaskConfig(PretrainedConfig):
         multitask_weights: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model_type, str) or model_type not in MODEL_MAPPING_NAMES:
-            raise ValueError(
-                f"model_type is {model_type!r}; allowed: the model type of an encoder that AutoModel knows, "
-                "for instance 'bert', 'roberta', 'distilbert', 'modernbert' or 'xlm-roberta'."
-            )
+        _require(
+            isinstance(model_type, str) and model_type in MODEL_MAPPING_NAMES, "model_type", model_type,
+            "the model type of an encoder that AutoModel knows, such as 'bert', 'roberta', 'modernbert' or 'xlm-roberta'",
+        )  # fmt: skip
         _check_encoder_fields(model_type, kwargs)
         try:
             native = CONFIG_MAPPING[model_type](**kwargs)
@@ -237,8 +242,8 @@ class MultiTaskConfig(PretrainedConfig):
             super().__init__(**{**kwargs, **native.to_dict()})
         except Exception as error:  # every library below has its own types
             raise ValueError(f"The fields are not those of a {model_type!r} encoder: {error}") from error
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise ValueError(f"dtype is {self.dtype!r}; allowed: null or a floating-point type such as 'float32'.")
+        is_float = self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point)
+        _require(is_float, "dtype", self.dtype, "null or a floating-point type such as 'float32'")
         self.model_type = model_type
         if not {"id2label", "num_labels"} & set(kwargs):
             # Labels belong to tasks: what is set later was asked for while loading.
@@ -258,25 +263,14 @@ class MultiTaskConfig(PretrainedConfig):
         Raises:
             ValueError: One of them is not allowed; the message names it.
         """
-        if self.pooling_mode not in POOLING_MODES:
-            raise ValueError(f"pooling_mode is {self.pooling_mode!r}; allowed: {', '.join(POOLING_MODES)}.")
-        dim = self.embedding_dim
-        if dim is not None and (type(dim) is not int or not 0 < dim <= GREATEST_DIM):
-            raise ValueError(
-                f"embedding_dim is {dim!r}; allowed: an integer from 1 to {GREATEST_DIM}, or null for no projection."
-            )
-        layers = self.num_task_layers
-        if type(layers) is not int or not 0 <= layers <= self.num_hidden_layers:
-            raise ValueError(
-                f"num_task_layers is {layers!r}; allowed: an integer from 0 (no task branch) to {self.num_hidden_layers}, "
-                "the number of the encoder's layers."
-            )
-        index = getattr(self, "transformers_weights", None)
-        if index is not None and not is_inside(index, ".safetensors.index.json"):
-            raise ValueError(
-                f"multitask_weights is {index!r}; allowed: the name of an index file inside the model folder that ends "
-                "in '.safetensors.index.json'."
-            )
+        modes, dim, layers = ", ".join(POOLING_MODES), self.embedding_dim, self.num_task_layers
+        _require(self.pooling_mode in POOLING_MODES, "pooling_mode", self.pooling_mode, modes)
+        _require(_is_width(dim), "embedding_dim", dim, f"an integer from 1 to {GREATEST_DIM}, or null for no projection")
+        allowed = f"an integer from 0 (no task branch) to {self.num_hidden_layers}, the number of the encoder's layers"
+        _require(type(layers) is int and 0 <= layers <= self.num_hidden_layers, "num_task_layers", layers, allowed)
+        index, suffix = getattr(self, "transformers_weights", None), ".safetensors.index.json"
+        allowed = f"the name of an index file inside the model folder that ends in '{suffix}'"
+        _require(index is None or is_inside(index, suffix), "multitask_weights", index, allowed)
         self.set_tasks(self.tasks)
 
     def set_tasks(self, tasks: dict[str, dict[str, Any]]) -> None:

@@ -184,12 +184,7 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class TaskBranch(nn.Module):
-    """The layers that the tasks train: a copy of the encoder's last n, which also sees how each word is written.
-
-    Args:
-        layers: The encoder's last n layers, which are copied.
-        hidden_size: The encoder's hidden size.
-    """
+    """The layers that the tasks train: a copy of the encoder's last n, which also sees how each word is written."""
 
     def __init__(self, layers: Iterable[nn.Module], hidden_size: int) -> None:
         super().__init__()
@@ -523,7 +518,18 @@ class MultiTaskModel(PreTrainedModel):
                 "from it with `python -m release.export`."
             )
         super().save_pretrained(save_directory, **kwargs)
-        self._save_pipeline_code(save_directory)
+        # Transformers does not count the pipeline's files as the model's. Beside this file and in the local folder that the
+        # model came from, they are of its own revision.
+        for name in ("pipeline_multitask.py", "learning_multitask.py"):
+            target = Path(save_directory, name)
+            sources = [Path(folder, name) for folder in (Path(__file__).parent, self.name_or_path) if folder]
+            source = next((path for path in sources if path.exists()), target)
+            if not source.exists():
+                logger.warning(
+                    f'{name} was not found; copy it into {save_directory} to load pipeline("multitask") from there.'
+                )
+            elif source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Uploads a checkpoint, see `save_pretrained`, and says that it is no release; returns what the base method does."""
@@ -532,22 +538,6 @@ class MultiTaskModel(PreTrainedModel):
             "encoder alone. Write a release with `python -m release.export` and publish it with `python -m release.publish`."
         )
         return super().push_to_hub(repo_id, *args, **kwargs)
-
-    def _save_pipeline_code(self, save_directory: str | Path) -> None:
-        """Copies the pipeline's files, which transformers does not count as the model's.
-
-        They are looked for beside this file and in the local folder that the model came from: both are of its own revision.
-        """
-        for name in ("pipeline_multitask.py", "learning_multitask.py"):
-            target = Path(save_directory, name)
-            sources = [Path(folder, name) for folder in (Path(__file__).parent, self.name_or_path) if folder]
-            source = next((path for path in sources if path.exists()), None)
-            if source is None and not target.exists():
-                logger.warning(
-                    f'{name} was not found; copy it into {save_directory} to load pipeline("multitask") from there.'
-                )
-            elif source is not None and source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
 
 
 class _HeadView(MultiTaskModel):
@@ -571,7 +561,13 @@ class _HeadView(MultiTaskModel):
         config.check()
         self.task = config.pick_task(self.kind, task)
         config.tasks = {self.task: config.tasks[self.task], **config.tasks}
-        _refuse_other_labels(config, self.task)
+        given = list(config.id2label.values())  # none, unless somebody asked for them while loading
+        if given and given not in [fields["labels"] for fields in config.tasks.values()]:
+            raise ValueError(
+                f"num_labels or id2label asks for the labels {given}; the head {self.task!r} has "
+                f"{config.tasks[self.task]['labels']}. Labels are part of a task: add_task(name, spec) makes a new head, "
+                "remove_task(name) drops one."
+            )
         super().__init__(config)
         spec = self._head(self.task).spec
         self.config.id2label = dict(enumerate(spec.labels))
@@ -634,16 +630,6 @@ class _HeadView(MultiTaskModel):
         )
         labels = labels[:, :limit] if labels is not None and self.kind == TOKEN else labels
         return {name: x[:, :limit] for name, x in inputs.items()}, labels
-
-
-def _refuse_other_labels(config: MultiTaskConfig, task: str) -> None:
-    """Raises a ValueError if `num_labels` or `id2label` was passed while loading, and asks for another head than stored."""
-    given = list(config.id2label.values())  # none, unless somebody asked for them
-    if given and given not in [fields["labels"] for fields in config.tasks.values()]:
-        raise ValueError(
-            f"num_labels or id2label asks for the labels {given}; the head {task!r} has {config.tasks[task]['labels']}. "
-            "Labels are part of a task: add_task(name, spec) makes a new head, remove_task(name) drops one."
-        )
 
 
 class MultiTaskForSequenceClassification(_HeadView):

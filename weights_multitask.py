@@ -40,36 +40,27 @@ def refuse(source: str | Path | None, problems: list[str]) -> None:
         raise WeightsError("\n  ".join([f"{source} is not a whole model:", *problems]))
 
 
-def check_index(index: Any, source: str) -> dict[str, Any]:
-    """Returns a parsed index after checking its form.
+def read_index(path: str | Path) -> dict[str, Any]:
+    """Returns the content of an index file.
 
     Raises:
-        WeightsError: It is no index, or names a file outside its folder or one that is not safetensors.
+        WeightsError: The file is missing or no index, or names a file outside its folder or one that is not safetensors.
     """
-    fields = index if isinstance(index, dict) else {}
-    weight_map = fields.get("weight_map")
-    if not isinstance(fields.get("metadata"), dict) or not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{source}: needs the objects 'metadata' and 'weight_map' at its root, the latter not empty.")
+    name = Path(path).name
+    try:
+        fields = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise WeightsError(f"{name}, which config.json names in 'multitask_weights', is unreadable: {error}") from error
+    found = fields if isinstance(fields, dict) else {}
+    weight_map = found.get("weight_map")
+    if not isinstance(found.get("metadata"), dict) or not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{name}: needs the objects 'metadata' and 'weight_map' at its root, the latter not empty.")
     for key, file in weight_map.items():
         if not is_inside(file, ".safetensors"):
             raise WeightsError(
-                f"{source}: weight_map[{key!r}] is {file!r}; allowed: a *.safetensors file inside the model's folder."
+                f"{name}: weight_map[{key!r}] is {file!r}; allowed: a *.safetensors file inside the model's folder."
             )
-    return fields
-
-
-def read_index(path: str | Path) -> dict[str, Any]:
-    """Returns the checked content of an index file.
-
-    Raises:
-        WeightsError: The file is missing, no JSON or no index.
-    """
-    try:
-        return check_index(json.loads(Path(path).read_text("utf-8")), Path(path).name)
-    except (OSError, RecursionError, ValueError) as error:
-        raise WeightsError(
-            f"{Path(path).name}, which config.json names in 'multitask_weights', is unreadable: {error}"
-        ) from error
+    return found
 
 
 def file_problems(index: dict[str, Any] | None, locate: Callable[[str], str | Path | None]) -> list[str]:
