@@ -427,7 +427,7 @@ class MultiTaskModel(PreTrainedModel):
             )
         mask = inputs.get("attention_mask")
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask
-        casing = torch.zeros_like(mask) if casing_ids is None else casing_ids  # 0: unknown
+        casing = torch.zeros_like(mask, dtype=torch.long) if casing_ids is None else casing_ids  # 0: unknown
         if casing.shape != mask.shape:
             raise ValueError(f"casing_ids have shape {list(casing.shape)}; the input has {list(mask.shape)} tokens.")
         return inputs, mask, casing

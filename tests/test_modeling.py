@@ -132,6 +132,12 @@ def test_no_mask_means_that_every_position_is_a_token():
     assert_same_outputs(run(model, IDS[:1], None), run(model, IDS[:1], torch.ones(1, 7).long()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float])
+def test_a_mask_may_be_of_any_dtype(dtype):
+    model = tiny_model(num_task_layers=1)
+    assert_same_outputs(run(model), run(model, IDS, MASK.to(dtype)))
+
+
 def test_only_the_requested_heads_are_computed():
     model = tiny_model()
     everything, some, none = run(model), run(model, tasks=["ner", "topics"]), run(model, tasks=[])
