@@ -6,13 +6,13 @@ the command line and whatever else serves the model. Axes: W words, C labels, E 
 
 import copy
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import count, groupby
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ except ImportError:  # no package around this file: imported from the repository
 
 Span = tuple[int, int]
 Record = dict[str, Any]
+Item = TypeVar("Item")
 
 # A chunk of texts is sorted by length and computed before the next is read: this bounds the memory of a stream.
 CHUNK_TEXTS = 1024
@@ -541,9 +542,7 @@ class MultiTaskPipeline(Pipeline):
         if isinstance(inputs, bytes | dict) or not isinstance(inputs, Iterable):
             raise ValueError(f"inputs {text_problem(inputs)}, nor a list of texts.")
         if isinstance(inputs, list | tuple):
-            for index, text in enumerate(inputs):
-                _check_text(index, text)
-            return list(self.annotator.stream(inputs, **options))
+            return list(self.annotator.stream(list(map(_checked, count(), inputs)), **options))
         return self.annotator.stream(inputs, **options)
 
     def preprocess(self, *_: Any, **options: Any) -> Any:
@@ -610,28 +609,30 @@ class MultiTaskPipeline(Pipeline):
         custom_object_save(self, save_directory)
 
 
-def _check_text(index: int, text: object) -> None:
+def _checked(index: int, text: Any) -> Any:
     if problem := text_problem(text):
         raise ValueError(f"inputs[{index}] {problem}.")
+    return text
+
+
+def chunked(
+    items: Iterable[Item], characters: Callable[[Item], int], most_items: int, most_characters: int
+) -> Iterator[list[Item]]:
+    """Yields the items in lists of bounded size, in their order: a list ends with the item that reaches a bound."""
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += characters(item)
+        if len(chunk) == most_items or total >= most_characters:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
 
 
 def text_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yields the texts in lists of bounded size, in their order.
-
-    Raises:
-        ValueError: An item is not a text; the message names its index.
-    """
-    chunk: list[str] = []
-    characters = 0
-    for index, text in enumerate(texts):
-        _check_text(index, text)
-        chunk.append(text)
-        characters += len(text)
-        if len(chunk) == CHUNK_TEXTS or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+    """Yields the texts in lists of bounded size; raises a ValueError, with the index, for an item that is not a text."""
+    return chunked(map(_checked, count(), texts), len, CHUNK_TEXTS, CHUNK_CHARACTERS)
 
 
 def length_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
@@ -639,9 +640,9 @@ def length_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Wi
     ordered = sorted(windows, key=lambda window: len(window.input_ids), reverse=True)
     start = 0
     while start < len(ordered):
-        count = max(1, batch_tokens // len(ordered[start].input_ids))
-        yield ordered[start : start + count]
-        start += count
+        rows = max(1, batch_tokens // len(ordered[start].input_ids))
+        yield ordered[start : start + rows]
+        start += rows
 
 
 def pad_windows(windows: list[Window], pad_token_id: int) -> dict[str, np.ndarray]:

@@ -190,18 +190,13 @@ def _read_parquet(name: str, column: str) -> Iterator[Row]:
 
 def chunks(rows: Iterable[Row]) -> Iterator[list[Item]]:
     """Yields lists of bounded size of numbered rows; a row that cannot be annotated has a reason instead of a text."""
-    from pipeline_multitask import text_problem
+    from pipeline_multitask import chunked, text_problem
 
-    chunk: list[Item] = []
-    characters = 0
-    for row, (value, reason) in enumerate(rows):
-        problem = reason or text_problem(value)
-        if problem is None and len(value) > MAX_CHARACTERS:
-            problem = f"has {len(value)} characters, more than {MAX_CHARACTERS}; divide the text"
-        chunk.append((row, value if problem is None else None, problem))
-        characters += len(value) if problem is None else 0
-        if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+    def items() -> Iterator[Item]:
+        for row, (value, reason) in enumerate(rows):
+            problem = reason or text_problem(value)
+            if problem is None and len(value) > MAX_CHARACTERS:
+                problem = f"has {len(value)} characters, more than {MAX_CHARACTERS}; divide the text"
+            yield row, value if problem is None else None, problem
+
+    return chunked(items(), lambda item: len(item[1] or ""), CHUNK_ROWS, CHUNK_CHARACTERS)
