@@ -30,7 +30,7 @@ from transformers import pipeline
 from benchmarks.rivals import FASTEMBED, SPACY, Finder, load_rivals
 from common.data import load_split
 from common.files import ROOT, environment_info, write_json
-from pipeline_multitask import BACKENDS, ONNX_FILES, ONNX_PARTS, onnx_part
+from pipeline_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, ONNX_PARTS, length_batches, onnx_part, pad_windows
 
 ENCODE = "SentenceTransformer.encode"
 SINGLE = "three single-task passes"  # of encoders of the same size: one embeds, one classifies, one tags
@@ -55,6 +55,9 @@ LATENCIES = {
     f"one short text: everything, PyTorch / {ENCODE}": ("everything, torch", ENCODE),
     f"one short text: everything, ONNX / {ENCODE}": ("everything, onnx", ENCODE),
     f"one short text: everything, 8 bits / {ENCODE}": ("everything, onnx-int8", ENCODE),
+}
+PASSES = {  # of the model alone, over the same batches
+    f"one forward pass: {outputs} / the bare encoder": (outputs, "the bare encoder") for outputs in OUTPUTS
 }
 SHORT_TEXT = "Tim Cook opened Apple's new store in Paris. I love it!"
 OPTIONAL_LIBRARIES = ("onnxruntime", "spacy", "vaderSentiment", "fastembed", "litserve")
@@ -106,6 +109,25 @@ def all_jobs(pipes: dict[str, Any], encoder: Any, rivals: dict[str, Finder], tex
     for (backend, pipe), (outputs, options) in product(pipes.items(), OUTPUTS.items()):
         jobs[f"{outputs}, {backend}"] = partial(pipe, texts, **options)
     return jobs | {name: partial(find, texts) for name, find in rivals.items()}
+
+
+def pass_jobs(pipe: Any, texts: list[str]) -> dict[str, Job]:
+    """Returns the forward passes of the encoder alone and of the model for each kind of output, over the same batches."""
+    annotator, model = pipe.annotator, pipe.model
+    groups = length_batches(annotator.windows(texts, list(model.config.tasks)), CPU_BATCH_TOKENS)
+    padded = [pad_windows(group, annotator.tokenizer.pad_token_id) for group in groups]
+    batches = [{name: torch.from_numpy(values) for name, values in batch.items()} for batch in padded]
+    calls = {"everything": {}, "embedding alone": {"tasks": []}, "labels and entities alone": {"output_embedding": False}}
+
+    @torch.inference_mode()
+    def run(call: Callable[..., Any], **options: Any) -> None:
+        for batch in batches:
+            call(**batch, **options)
+
+    def encode(input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: torch.Tensor) -> None:
+        model.encoder(input_ids=input_ids, attention_mask=attention_mask)
+
+    return {"the bare encoder": partial(run, encode), **{name: partial(run, model, **x) for name, x in calls.items()}}
 
 
 def run_rounds(jobs: dict[str, Job], rounds: int, log: Callable[[str], None]) -> dict[str, list[float]]:
@@ -237,7 +259,8 @@ def main() -> None:
         run_rounds(all_jobs(pipes, encoder, rivals, texts[:64]), 1, lambda line: None)  # warm-up
         seconds = run_rounds(all_jobs(pipes, encoder, rivals, texts), args.rounds, log)
         short = run_rounds(all_jobs(pipes, encoder, rivals, [SHORT_TEXT]), args.short, lambda line: None)
-    rows = [*compare(RATIOS, seconds), *compare(LATENCIES, short)]
+    passes = run_rounds(pass_jobs(pipes["torch"], texts), args.rounds, lambda line: None)
+    rows = [*compare(RATIOS, seconds), *compare(LATENCIES, short), *compare(PASSES, passes)]
     for row in rows:
         print(f"{row['ratio']:<68} {row['median']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})")
     options = " ".join(f"--{name} {getattr(args, name)}" for name in ("texts", "rounds", "short", "threads"))
