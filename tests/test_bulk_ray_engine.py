@@ -99,6 +99,36 @@ def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, relea
     assert changed == {"2.jsonl.parquet"}
 
 
+@pytest.mark.integrations
+def test_a_machine_that_dies_costs_nothing(run, release, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    machine = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
+    second, source, output = cluster.add_node(**machine), tmp_path / "in", tmp_path / "out"
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    source.mkdir()
+    for shard in range(4):
+        write_texts(source / f"{shard}.jsonl", 4000)
+
+    def kill_machine() -> None:
+        while len({part.parent for part in output.glob("_rejects/*.partial/0*.parquet")}) < 2:  # both of them work
+            time.sleep(0.05)
+        cluster.remove_node(second, allow_graceful=False)
+
+    threading.Thread(target=kill_machine, daemon=True).start()
+    try:
+        code, err = run("--input", source, "--output", output)
+        assert code == 0 and "4/4" in err and [node["Alive"] for node in ray.nodes()].count(False) == 1, err
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    elsewhere(annotate_alone, release, source, tmp_path)
+    for shard in range(4):
+        assert (output / f"{shard}.jsonl.parquet").read_bytes() == (tmp_path / f"{shard}.parquet").read_bytes()
+
+
 def test_two_files_of_one_target_are_refused(run, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/reviews.csv").write_text("text\none\ntwo\nthree\n")
