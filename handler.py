@@ -98,7 +98,7 @@ class EndpointHandler:
         answers: list[list[dict[str, Any]]] = []
         groups: dict[str, tuple[dict[str, Any], list[str], list[tuple[int, int]]]] = {}
         for number, (items, options) in enumerate(requests):
-            problems = [_text_problem(item) for item in items]
+            problems = [text_problem(item) for item in items]
             answers.append([{"error": f"inputs[{index}] {problem}."} for index, problem in enumerate(problems)])
             _, texts, places = groups.setdefault(json.dumps(options), (options, [], []))
             good = [index for index, problem in enumerate(problems) if problem is None]
@@ -146,13 +146,6 @@ def _read_texts(data: dict[str, Any]) -> list[Any]:
         if count > limit:
             raise ValueError(f"inputs holds {count:,} {unit}; allowed: {limit:,} in one request. Send it in parts.")
     return texts
-
-
-def _text_problem(text: Any) -> str | None:
-    """Returns why an item cannot be annotated, or None."""
-    if isinstance(text, str):
-        return text_problem(text)
-    return f"is {_short(text)} ({type(text).__name__}), not a text"
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ the command line and whatever else serves the model. Axes: W words, C labels, E 
 """
 
 import copy
+import reprlib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,7 @@ EKMAN = {
 def text_problem(value: object) -> str | None:
     """Returns why `value` cannot be annotated, or None if it can: any text can, even an empty one."""
     if not isinstance(value, str):
-        return f"is {value!r:.50} ({type(value).__name__}), not a text (str)"
+        return f"is {reprlib.repr(value):.50} ({type(value).__name__}), not a text"  # however deep it is nested
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -394,6 +394,14 @@ def test_a_release_without_its_tokenizer_is_refused(release, tmp_path):
 # Input that is no good
 
 
+def nested() -> list:
+    """Returns a list that `repr` cannot show."""
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -401,6 +409,7 @@ def test_a_release_without_its_tokenizer_is_refused(release, tmp_path):
         (3.5, r"inputs\[1\] is 3.5 \(float\), not a text"),
         (b"bytes", r"inputs\[1\] is b'bytes' \(bytes\), not a text"),
         (["nested"], r"inputs\[1\] is \['nested'\] \(list\)"),
+        (nested(), r"inputs\[1\] is \[+\.\.\.\]+ \(list\), not a text"),
         ("half \ud83d pair", r"inputs\[1\] is no valid Unicode: a lone surrogate at character 5"),
     ],
 )
