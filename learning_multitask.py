@@ -22,10 +22,10 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 try:
-    from .configuration_multitask import READS, SEQUENCE, TOKEN, check_task_name, is_number
+    from .configuration_multitask import READS, SEQUENCE, TOKEN, is_number
     from .pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import READS, SEQUENCE, TOKEN, check_task_name, is_number
+    from configuration_multitask import READS, SEQUENCE, TOKEN, is_number
     from pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
 
 logger = logging.get_logger(__name__)
@@ -537,7 +537,6 @@ def add_task(
         raise ValueError(f"backend is {annotator.backend!r}; an export has the heads that it has. Add tasks with 'torch'.")
     if name in model.heads and not refit:
         raise ValueError(f"tasks has {name!r} already; pass refit=True to replace it, or choose another name.")
-    check_task_name(name)
     progress = sys.stderr.isatty() if progress is None else progress
     examples = read_examples(name, texts, targets, labels)
     if epochs is not None and (examples.kind != ENTITIES or type(epochs) is not int or epochs < 1):

@@ -578,8 +578,8 @@ class MultiTaskPipeline(Pipeline):
             seed: Decides what is held out, and how entities are trained.
             progress: Whether to show progress bars; None: on a terminal.
             refit: Whether a task of this name may be replaced.
-            **settings: `reads` (default "both"), `pooling_mode` and `fallback` of a head for texts; `hidden_dim`, `casing_dim`, `classifier_dropout`
-                and `epochs` of one for entities.
+            **settings: `reads` (default "both"), `pooling_mode` and `fallback` of a head for texts; `hidden_dim`,
+                `casing_dim`, `classifier_dropout` and `epochs` of one for entities.
 
         Returns:
             A report: the `metric` and `score` on held-out examples (a fifth; each fifth in turn where they are few), the
