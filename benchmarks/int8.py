@@ -1,8 +1,9 @@
 """Compares ways of running the model in 8 bits: `python -m benchmarks.int8 --data DIR`.
 
 Each way is made from the float32 graph that `python -m release.onnx .` wrote, and runs over the same 500 texts of ten data sets,
-in alternating rounds. Beside its time it is compared with float32: the cosine of the sentence embeddings, labels that differ,
-entities that differ; and with itself, each text alone against all in batches. Results go to results/int8.json.
+in alternating rounds; so does PyTorch in bfloat16. Beside its time it is compared with float32: the cosine of the sentence
+embeddings, labels that differ, entities that differ; and with itself, each text alone against all in batches. Results go to
+results/int8.json.
 """
 
 import argparse
@@ -28,7 +29,7 @@ TEXTS = {
     "uner_ewt": "tokens", "crossner": "tokens", "redocred": "tokens", "wnut17": "tokens", "tweet_sentiment": "text",
 }  # fmt: skip
 CALIBRATION_TEXTS = 64
-FLOAT = "float32"
+FLOAT, BFLOAT16 = "float32", "PyTorch in bfloat16"
 Feeds = list[dict[str, np.ndarray]]
 
 
@@ -134,15 +135,18 @@ def differences(expected: list[Record], found: list[Record]) -> dict[str, Any]:
     }
 
 
-def annotate(annotator: Annotator, graph: Graph, texts: list[str], batch_tokens: int | None = None) -> list[Record]:
-    """Returns the records of texts by a graph."""
+def annotate(
+    annotator: Annotator, graph: Callable[..., Any], texts: list[str], batch_tokens: int | None = None
+) -> list[Record]:
+    """Returns the records of texts by a graph, or by whatever else gives a batch's vectors and logits."""
     annotator._run = graph
     return list(annotator.stream(texts, batch_tokens=batch_tokens))
 
 
 def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
     """Returns each way's time as a share of float32's, its size, and how its answers differ."""
-    annotator = pipeline("multitask", model=model, trust_remote_code=True, device="cpu").annotator
+    options = {"model": model, "trust_remote_code": True, "device": "cpu"}
+    annotator, half = (pipeline("multitask", dtype=dtype, **options).annotator for dtype in ("float32", "bfloat16"))
     tasks, source = list(annotator.model.config.tasks), Path(model, ONNX_FILES["onnx"])
     windows = sorted(annotator.windows(texts[::-1][:CALIBRATION_TEXTS], tasks), key=lambda window: len(window.input_ids))
     middle = windows[len(windows) // 4 : -(-3 * len(windows) // 4)]  # of like length: calibrators take one shape
@@ -153,7 +157,8 @@ def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None
         paths = {FLOAT: source, **{name: Path(folder, f"{i}.onnx") for i, name in enumerate(WAYS)}}
         for name, make in WAYS.items():
             make(source, paths[name], feeds)
-        graphs = {name: Graph(path, names, tasks) for name, path in paths.items()}
+        graphs: dict[str, Callable[..., Any]] = {name: Graph(path, names, tasks) for name, path in paths.items()}
+        graphs[BFLOAT16] = half._run_torch
         together: dict[str, list[Record]] = {}
 
         def run(name: str) -> None:
@@ -166,7 +171,7 @@ def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None
     return {
         name: {
             "time_to_float": statistics.median(a / b for a, b in zip(values, seconds[FLOAT], strict=True)),
-            "bytes": sizes[name],
+            "bytes": sizes.get(name),
             "beside_float": differences(together[FLOAT], together[name]),
             "alone_beside_batch": differences(together[name], alone[name]),
         }
