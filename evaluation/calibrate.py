@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         recipe = Recipe.read(args.recipe, args.data)
-        check_splits(recipe, "validation", None)
+        check_splits(recipe, "validation")
         model, tokenizer = MultiTaskModel.from_pretrained(args.folder), AutoTokenizer.from_pretrained(args.folder)
         fitted = calibrate(model, tokenizer, recipe)
     except (RecipeError, DataError) as error:

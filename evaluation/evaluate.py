@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -422,59 +421,32 @@ def measure_drift(pipe: Any, dataset: str, split: str, column: str, reference: s
 # Data, and the command line
 
 
-def check_splits(recipe: Recipe, split: str, neighbours: list[str] | None) -> None:
+def check_splits(recipe: Recipe, split: str) -> None:
     """Loads all data that will be measured on, so that what is missing is known before the work starts.
 
     Raises:
         RecipeError: Some cannot be loaded; the message names them all.
     """
-    parts = {name: task for name, task in recipe.parts.items() if task.splits.get(split, split)}  # None: no such split
-    loaders = {f"tasks.{name}": partial(load_task_split, task, split) for name, task in parts.items()}
-    if neighbours:
-        loaders["--neighbours"] = partial(load_split, *neighbours[:2], neighbours[2:])
     problems = []
-    for name, load in loaders.items():
+    for name, task in recipe.parts.items():
         try:
-            load()
+            if task.splits.get(split, split):  # empty: the data set has no such split
+                load_task_split(task, split)
         except (ValueError, OSError) as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"tasks.{name}: {error}")
     if problems:
         raise RecipeError("\n".join(problems))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="names tasks and data")
-    parser.add_argument("--only", nargs="+", metavar="TASK", help="measure these tasks of the recipe alone")
-    parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--rewrite", choices=REWRITES, help="rewrite the texts first, for instance in lower case")
-    parser.add_argument("--reference", help="the starting encoder, to measure how far the embedding has moved from it")
-    parser.add_argument(
-        "--neighbours",
-        nargs=3,
-        metavar=("DATASET", "SPLIT", "COLUMN"),
-        help="also measure that on texts that no task trains on, for instance: leondz/wnut_17@refs/convert/parquet test tokens; "
-        "DATASET is a Hub id or a folder, with --data a folder in there",
-    )
-    parser.add_argument("--output", type=Path, help="where to write the results, for instance results/release.json")
-    args = parser.parse_args()
-    if args.neighbours and not args.reference:
-        parser.error("--neighbours compares with the starting encoder: give --reference ENCODER too")
-    return args
-
-
 def command(args: argparse.Namespace) -> str:
     """Returns the command that gives these results, without what is particular to this machine."""
-    recipe, neighbours = args.recipe.resolve(), args.neighbours
+    recipe = args.recipe.resolve()
     options = {
         "recipe": recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe.name,
         "only": args.only and " ".join(args.only),
         "split": args.split,
         "rewrite": args.rewrite,
         "reference": args.reference and "ENCODER",
-        "neighbours": neighbours and " ".join([public_name(neighbours[0]), *neighbours[1:]]),
     }
     if recipe == DEFAULT_RECIPE:
         del options["recipe"]
@@ -483,13 +455,19 @@ def command(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    args = parse_arguments()
-    neighbours = args.neighbours
-    if neighbours and args.data and (args.data / neighbours[0]).exists():
-        neighbours = [str(args.data / neighbours[0]), *neighbours[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="names tasks and data")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="measure these tasks of the recipe alone")
+    parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--rewrite", choices=REWRITES, help="rewrite the texts first, for instance in lower case")
+    parser.add_argument("--reference", help="the starting encoder, to measure how far the embedding has moved from it")
+    parser.add_argument("--output", type=Path, help="where to write the results, for instance results/release.json")
+    args = parser.parse_args()
     try:
         recipe, public = (Recipe.read(args.recipe, data, only=args.only or ()) for data in (args.data, None))
-        check_splits(recipe, args.split, neighbours)
+        check_splits(recipe, args.split)
         pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
         tasks = measure(pipe, recipe, args.split, args.reference, intervals=True, form=args.rewrite)
     except (RecipeError, DataError) as error:
@@ -501,11 +479,8 @@ def main() -> None:
         "recipe": dataclasses.asdict(public),  # without the places of local copies
         **environment_info(),
     }
-    if neighbours:
-        result["drift"] = measure_drift(pipe, *neighbours, args.reference, intervals=True)
-    for name, found in {**result["tasks"], "drift": result.get("drift")}.items():
-        if found:
-            print(name, json.dumps(found["metrics"]))
+    for name, found in tasks.items():
+        print(name, json.dumps(found["metrics"]))
     if args.output:
         write_json(args.output, result)
 

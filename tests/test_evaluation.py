@@ -368,12 +368,11 @@ def is_png(path: Path) -> bool:
 def test_the_command_measures_everything(release, data, tmp_path, monkeypatch, few_neighbours):
     output = tmp_path / "results/tiny.json"
     arguments = [str(release), "--recipe", str(data / "recipe.toml"), "--data", str(data), "--reference", str(release)]
-    more = ["--neighbours", "ner", "validation", "tokens", "--output", str(output)]
-    monkeypatch.setattr("sys.argv", ["evaluate", *arguments, *more])
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments, "--output", str(output)])
     evaluate.main()
     found = json.loads(output.read_text())
     assert list(found["tasks"]) == list(data_sets())
-    for name, result in [*found["tasks"].items(), ("drift", found["drift"])]:
+    for name, result in found["tasks"].items():
         assert set(result["metrics"]) == set(result["intervals"]), name
         assert all(low <= high for low, high in result["intervals"].values()), name
     tasks = {name: result["metrics"] for name, result in found["tasks"].items()}
@@ -385,14 +384,17 @@ def test_the_command_measures_everything(release, data, tmp_path, monkeypatch, f
     assert set(tasks["rating"]) == {"spearman", "pearson", "mean_absolute_error"}
     assert {"spearman", "spearman_raw", "spearman_4", "spearman_reference"} <= set(tasks["similarity"])
     assert tasks["similarity"]["cosine_raw"] == pytest.approx(1), "the reference is the model's own encoder"
-    drift = found["drift"]
-    assert drift["metrics"]["neighbours_at_2_raw"] == 1.0 >= drift["metrics"]["neighbours_at_2"]
-    assert (drift["dataset"], drift["split"], drift["rows"]) == ("ner", "validation", 12) and len(drift["sha256"]) == 64
-    assert found["command"] == (
-        "python -m evaluation.evaluate MODEL --recipe recipe.toml --split validation --reference ENCODER "
-        "--neighbours ner validation tokens"
+    assert tasks["similarity"]["neighbours_at_2_raw"] == 1.0 >= tasks["similarity"]["neighbours_at_2"]
+    assert (
+        found["command"] == "python -m evaluation.evaluate MODEL --recipe recipe.toml --split validation --reference ENCODER"
     )
     assert str(tmp_path) not in json.dumps({name: x for name, x in found.items() if name != "recipe"})
+
+
+def test_drift_is_measured_on_texts_that_no_task_trains_on(data, release, few_neighbours):
+    drift = evaluate.measure_drift(live_pipe(), str(data / "ner"), "validation", "tokens", str(release), intervals=True)
+    assert set(drift["metrics"]) == set(drift["intervals"]) == {"cosine_raw", "neighbours_at_2", "neighbours_at_2_raw"}
+    assert (drift["dataset"], drift["split"], drift["rows"]) == ("ner", "validation", 12) and len(drift["sha256"]) == 64
 
 
 def test_a_live_model_is_measured_on_the_first_rows_alone(data):
@@ -451,20 +453,12 @@ def test_a_model_that_does_not_fit_the_recipe_is_refused(data, change, message):
         evaluate.measure(pipe, Recipe.read(data / "recipe.toml", only=["sentiment"]), "validation")
 
 
-def test_the_command_says_which_data_are_missing(release, data, monkeypatch, capsys):
+def test_the_command_says_which_data_are_missing(release, data, monkeypatch):
     arguments = ["evaluate", str(release), "--recipe", str(data / "recipe.toml"), "--split", "test"]
-    monkeypatch.setattr(
-        "sys.argv", [*arguments, "--reference", "e", "--neighbours", str(data / "ner"), "validation", "words"]
-    )
+    monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as stopped:
         evaluate.main()
-    message = str(stopped.value)
-    assert message.count("no split 'test'; it has validation") == len(data_sets())
-    assert "--neighbours: " in message and "no column ['words']; it has ['tokens', 'tags']" in message
-    monkeypatch.setattr("sys.argv", [*arguments, "--neighbours", "ner", "test", "tokens"])
-    with pytest.raises(SystemExit):
-        evaluate.main()
-    assert "--neighbours compares with the starting encoder: give --reference ENCODER too" in capsys.readouterr().err
+    assert str(stopped.value).count("no split 'test'; it has validation") == len(data_sets())
 
 
 # Calibration

@@ -402,26 +402,6 @@ def goemotions(files: Files) -> Splits:
     return splits
 
 
-def goemotions_groups(files: Files, numbered: list[str], groups: dict[str, list[str]]) -> Splits:
-    """Returns the comments of GoEmotions whose labels all belong to one group, with that group.
-
-    Args:
-        files: The files, by split.
-        numbered: The labels, in the order of their ids.
-        groups: The labels of each group.
-    """
-    by_label = {label: group for group, members in groups.items() for label in members}
-    group_of = {number: by_label[label] for number, label in enumerate(numbered)}
-    splits: Splits = {}
-    for split, rows in goemotions(files).items():
-        for index, row in enumerate(rows, 1):
-            where = f"{files[split].name}, row {index}, column labels"
-            found = {lookup(group_of, number, where) for number in row["labels"]}
-            if len(found) == 1:
-                splits.setdefault(split, []).append({"text": row["text"], "label": found.pop()})
-    return splits
-
-
 def clinc(files: Files) -> Splits:
     """Returns the questions of CLINC150 with their intents; those out of scope come last in each split."""
     (path,) = files.values()
@@ -442,7 +422,6 @@ CONVERTERS: dict[str, Callable[..., Splits]] = {
     "docred": docred,
     "emobank": emobank,
     "goemotions": goemotions,
-    "goemotions_groups": goemotions_groups,
     "gum": gum,
     "newsmtsc": newsmtsc,
     "vader": vader,

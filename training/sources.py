@@ -12,7 +12,6 @@ for every split the number of rows and a fingerprint of its converted rows.
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 import tomllib
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.error import HTTPError
 from urllib.parse import urljoin
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 from datasets import ClassLabel, Dataset, Features, List, Value, disable_progress_bars
 from pydantic import Field, ValidationError, model_validator
@@ -132,22 +131,13 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
         SourceError: The server does not give it, the connection ends early, or the content has another sum.
     """
     try:
-        with (
-            urlopen(Request(address, headers={"User-Agent": "training.sources"}), timeout=SECONDS) as response,
-            path.open("wb") as file,
-        ):
-            announced = response.headers.get("Content-Length")
-            shutil.copyfileobj(response, file)
+        with urlopen(address, timeout=SECONDS) as response:
+            path.write_bytes(response.read())
     except HTTPError as error:
-        raise SourceError(
-            f"{address}: the server answers {error.code} ({error.reason}); correct the address in {LIST.name}."
-        ) from error
-    except (OSError, HTTPException) as error:
+        raise SourceError(f"{address}: the server answers {error}; correct the address in {LIST.name}.") from error
+    except (OSError, HTTPException) as error:  # among them IncompleteRead, if the connection ended early
         raise SourceError(f"{address}: cannot be downloaded ({error}); run the command again.") from error
-    count, found = path.stat().st_size, file_sha256(path)
-    if announced is not None and count != int(announced):
-        raise SourceError(f"{address}: the connection ended after {count} of {announced} bytes; run the command again.")
-    if sha256 and found != sha256:
+    if sha256 and (found := file_sha256(path)) != sha256:
         raise SourceError(f"{address}: sha256 is {found}; {LIST.name} says {sha256}. The file is not the expected one.")
 
 
