@@ -153,7 +153,6 @@ class Objective:
             batch: An item of a `BatchPlan`.
         """
         specs, batch = model.config.task_specs, dict(batch)
-        batch = dict(batch)
         tasks, labels, target = self.tasks[batch.pop("stream")], batch.pop("labels"), batch.pop("target", None)
         if "casing_ids" in batch and model.training:
             shown = torch.rand(len(batch["casing_ids"]), 1, device=batch["casing_ids"].device) >= CASING_DROPOUT

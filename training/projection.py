@@ -89,7 +89,7 @@ def principal_axes(vectors: Tensor, count: int) -> Tensor:
     return axes.flip(1)[:, :count].T.float().contiguous()
 
 
-def fit_projection(vectors: Tensor, settings: FitSettings = SETTINGS, seed: int = 0, progress: bool = False) -> Tensor:
+def fit_projection(vectors: Tensor, settings: FitSettings = SETTINGS, seed: int = 0) -> Tensor:
     """Returns the projection, float32 [E, H], rows orthonormal; the same for the same seed.
 
     All E dimensions give the similarities of the principal components. Each prefix is an embedding of its own: multiply by
@@ -99,7 +99,6 @@ def fit_projection(vectors: Tensor, settings: FitSettings = SETTINGS, seed: int 
         vectors: float [N, H], a frozen encoder's pooled vectors of distinct texts; their length does not matter.
         settings: How to fit.
         seed: Of the batches.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are fewer texts than dimensions, more dimensions than the encoder has, or `dims` does not fall.
@@ -109,7 +108,7 @@ def fit_projection(vectors: Tensor, settings: FitSettings = SETTINGS, seed: int 
     axes = principal_axes(unit, settings.dims[0])
     if len(settings.dims) == 1:
         return axes
-    rows = fit_prefixes(unit, unit @ axes.T, settings, torch.Generator().manual_seed(seed), progress)
+    rows = fit_prefixes(unit, unit @ axes.T, settings, torch.Generator().manual_seed(seed))
     variances = (unit @ axes.T).double().square().mean(dim=0)
     return torch.cat([rows, remaining_axes(rows, variances)]) @ axes
 
@@ -125,9 +124,7 @@ def check_dims(vectors: Tensor, dims: Sequence[int]) -> None:
         raise ValueError(f"{texts} texts are too few to fit {dims[0]} dimensions; give at least as many, better 20,000.")
 
 
-def fit_prefixes(
-    unit: Tensor, coordinates: Tensor, settings: FitSettings, generator: torch.Generator, progress: bool
-) -> Tensor:
+def fit_prefixes(unit: Tensor, coordinates: Tensor, settings: FitSettings, generator: torch.Generator) -> Tensor:
     """Returns the directions that the prefixes hold, float32 [P, E], orthonormal, where P is the longest prefix.
 
     Args:
@@ -135,7 +132,6 @@ def fit_prefixes(
         coordinates: float32 [N, E], the same vectors along the principal axes.
         settings: How to fit.
         generator: Draws the batches.
-        progress: Whether to show a progress bar.
     """
     _, *prefixes = settings.dims
     directions = nn.Parameter(torch.eye(prefixes[0], coordinates.shape[1]))
@@ -143,7 +139,7 @@ def fit_prefixes(
     groups = [{"params": [directions], "lr": settings.learning_rate}, {"params": [log_scales], "lr": SCALE_RATE}]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    for _ in tqdm(range(settings.steps), desc="fitting prefixes", disable=not progress):
+    for _ in tqdm(range(settings.steps), desc="fitting prefixes"):
         batch = torch.randperm(len(unit), generator=generator)[: settings.batch_size]
         projected = coordinates[batch] @ orthonormal(directions).T  # [B, P]
         losses = [
@@ -238,7 +234,7 @@ def main() -> None:
     texts = [sample(distinct_texts(args.data / name, "train"), TEXTS_PER_SET, args.seed) for name in FIT_SETS]
     vectors = torch.from_numpy(encode(list(dict.fromkeys(chain(*texts)))))
     encoded = time.monotonic()
-    matrix = fit_projection(vectors, SETTINGS, args.seed, progress=True)
+    matrix = fit_projection(vectors, SETTINGS, args.seed)
     fitted = time.monotonic()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_file({"linear.weight": matrix}, args.output)
