@@ -137,30 +137,6 @@ def rivals_table(found: dict[str, Any]) -> str:
     return markdown(["task", "test set", "metric", "this model", "beside it", ""], rows)
 
 
-def transfer_table(folder: Path) -> str | None:
-    """Returns each task's main metric, trained alone and together with the others, and the difference.
-
-    Raises:
-        ValueError: A single-task run was measured on other rows.
-    """
-    rows = []
-    for name, task, shared in measured_tasks(folder):
-        file = f"single_{name.replace('/', '_')}"
-        if (single := read_some(file, folder)) is None:
-            continue
-        alone, metric = single["tasks"][name], task["metrics"][0]
-        if (alone["split"], alone["sha256"]) != (shared["split"], shared["sha256"]):
-            raise ValueError(
-                f"results/{file}.json was measured on {alone['rows']} rows ({alone['split']}) and "
-                f"the run on all tasks on {shared['rows']} others ({shared['split']}); measure both on the same."
-            )
-        key = metric["key"]
-        values = [_with_interval(x, key) for x in (alone, shared)]
-        difference = points(shared["metrics"][key] - alone["metrics"][key])
-        rows.append([task["title"], metric["name"], *values, difference])
-    return markdown(["task", "metric", "trained alone", "joint training", "difference"], rows) if rows else None
-
-
 def research_table(folder: Path) -> str | None:
     """Returns the architecture on the literature's benchmarks: joint training, each task alone, and published figures."""
     joint = read_some("research", folder)
@@ -446,7 +422,6 @@ RENDERERS: dict[str, Callable[[Path], str | None]] = {
     "files": files_table,
     "int8": _of("int8", int8_table),
     "intervals": interval_table,
-    "joint-training": transfer_table,
     "levers": _of("levers", levers_tables),
     "licenses": licenses_table,
     "replaces": replaces_table,

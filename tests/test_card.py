@@ -11,7 +11,7 @@ from release import card
 from release.tables import RENDERERS
 from tests.conftest import ROOT
 
-MARKERS = "<!-- joint-training -->\n<!-- /joint-training -->\n"
+MARKERS = "<!-- domains -->\n<!-- /domains -->\n"
 DESCRIBED = {
     "ner": {"title": "names", "task_type": "token-classification", "dataset": "u/n", "dataset_name": "N"},
     "mood": {"title": "mood", "task_type": "text-classification", "dataset": "mood", "dataset_name": "M", "config": "c"},
@@ -74,20 +74,15 @@ def test_a_marker_for_data_gets_the_table_of_sources(folder):
     assert "| [GoEmotions](https://" in render(folder)
 
 
-def test_tasks_alone_and_together(folder):
-    assert "*Not measured yet.*" in render(folder), "no single-task runs, no table"
-    write(folder, "single_ner", {"tasks": {"ner": measured("ner", 0.8249, intervals={"f1": [0.81, 0.84]})}})
-    write(folder, "single_mood", {"tasks": {"mood": measured("mood", 0.4996, "validation")}})
+def test_a_table_of_what_was_not_measured_says_so(folder):
+    assert "*Not measured yet.*" in render(folder)
+    write(
+        folder,
+        "release",
+        {"tasks": {"ner": measured("ner", 0.8, domains={"news": {"f1": 0.75}}), "mood": measured("mood", 0.5)}},
+    )
     text = render(folder)
-    assert "| task | metric | trained alone | joint training | difference |\n" in text
-    assert "| names | f1, best | 0.825 (0.810 to 0.840) | 0.812 (0.800 to 0.825) | −1.2 points |\n" in text
-    assert "| mood | macro_f1, best | 0.500 | 0.500 | +0.0 points |\n" in text
-
-
-def test_runs_on_other_rows_are_not_compared(folder):
-    write(folder, "single_ner", {"tasks": {"ner": {**measured("ner", 0.8), "sha256": "1"}}})
-    with pytest.raises(ValueError, match=r"single_ner.json was measured on 1234 rows \(test\)"):
-        render(folder)
+    assert "*Not measured yet.*" not in text and "| names | N | news | f1, best | 0.750 |\n" in text
 
 
 def test_what_the_training_took_and_emitted(folder):
