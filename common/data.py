@@ -107,13 +107,8 @@ def data_source(name_or_path: str) -> dict[str, Any]:
     return {"path": name, **({"name": subset} if subset else {}), **({"revision": revision} if revision else {})}
 
 
-def fingerprint(task: TaskRecipe, data: Dataset) -> str:
-    """Returns a hash of the columns that a task reads, the same wherever the data set was loaded from."""
-    return hash_columns(data, task.columns)
-
-
 def hash_columns(data: Dataset, columns: list[str]) -> str:
-    """Returns a hash of some columns' values."""
+    """Returns a hash of some columns' values, the same wherever the data set was loaded from."""
     digest = hashlib.sha256()
     for column in columns:
         digest.update(json.dumps([round(x, 6) if isinstance(x, float) else x for x in data[column]]).encode())

@@ -22,7 +22,6 @@ from transformers import AutoModel, pipeline
 from common.data import (
     DataError,
     encode,
-    fingerprint,
     fold_unsaid,
     has_split,
     hash_columns,
@@ -124,7 +123,7 @@ def measure(
         else:
             extra = {}
             metrics, ranges = measure_pairs(pipe, task, data, recipe.model.matryoshka_dims, reference, intervals)
-        facts = {"split": split, "rows": len(data), "sha256": fingerprint(task, data)}
+        facts = {"split": split, "rows": len(data), "sha256": hash_columns(data, task.columns)}
         results[key] = {"metrics": metrics, "intervals": ranges, **extra, **facts}
     return results
 

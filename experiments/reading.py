@@ -15,7 +15,7 @@ from unittest import mock
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from common.data import fingerprint, load_task_split
+from common.data import hash_columns, load_task_split
 from common.files import ROOT, environment_info, write_json
 from common.recipe import Recipe, TaskRecipe
 from evaluation.evaluate import measure_head, predict
@@ -69,7 +69,7 @@ def main() -> None:
     content = {
         "command": "python -m experiments.reading MODEL",
         "split": "validation",
-        "sha256": fingerprint(task, load_task_split(task, "validation")),
+        "sha256": hash_columns(load_task_split(task, "validation"), task.columns),
         "ways": measure_reading(pipe, task),
         **environment_info(),
     }

@@ -32,8 +32,8 @@ from common.data import (
     DataError,
     Example,
     encode,
-    fingerprint,
     has_split,
+    hash_columns,
     load_task_split,
     make_examples,
     rewritten,
@@ -123,7 +123,7 @@ def load_part(
     cut = sum(any(len(ids) >= longest for ids in text_ids(example)) for example in examples)  # each may have lost its end
     if cut:
         print(f"{where}: {cut:,} of {len(examples):,} examples fill all {longest} tokens; no more is read.")
-    return labels, examples, {"rows": len(data), "sha256": fingerprint(part, data), "cut": cut}
+    return labels, examples, {"rows": len(data), "sha256": hash_columns(data, part.columns), "cut": cut}
 
 
 def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskModel, Any]:
