@@ -173,9 +173,15 @@ def docred(files: Files, mapping: dict[str, str], splits: dict[str, list[str]]) 
         name: [row for document in read_json(path, list) for row in document_rows(document, path.name, mapping)]
         for name, path in files.items()
     }
-    listed, found = set(splits["validation"]), {"train": [], "validation": [], "test": rows["test"]}
-    for row in rows["train"]:
-        found["validation" if row_key(" ".join(row["tokens"])) in listed else "train"].append(row)
+    return hold_out(rows["train"], rows["test"], splits["validation"])
+
+
+def hold_out(rows: list[Row], test: list[Row], keys: list[str]) -> Splits:
+    """Returns all splits: the rows whose text or tokens have one of the keys (`row_key`) are for validation."""
+    listed, found = set(keys), {"train": [], "validation": [], "test": test}
+    for row in rows:
+        text = row["text"] if "text" in row else " ".join(row["tokens"])
+        found["validation" if row_key(text) in listed else "train"].append(row)
     return found
 
 
@@ -361,11 +367,8 @@ def newsmtsc(files: Files, splits: dict[str, list[str]]) -> Splits:
 
     `splits` names the sentences of its training file that are for validation.
     """
-    listed, found = set(splits["validation"]), {"train": [], "validation": [], "test": []}
-    test = news_rows(files["archive"], "devtest_rw.jsonl")
-    for row in news_rows(files["archive"], "train.jsonl"):
-        found["validation" if row_key(row["text"]) in listed else "train"].append(row)
-    return {**found, "test": test}
+    train, test = (news_rows(files["archive"], file) for file in ("train.jsonl", "devtest_rw.jsonl"))
+    return hold_out(train, test, splits["validation"])
 
 
 def news_rows(archive: Path, file: str) -> list[Row]:
