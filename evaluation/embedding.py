@@ -16,7 +16,6 @@ import pyarrow.parquet
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
-from tqdm import tqdm
 
 from common.files import environment_info, write_json
 from evaluation.metrics import ndcg, neighbour_overlap, ranked_documents, recall_at, similarity_metrics, unit
@@ -27,7 +26,6 @@ PAIR_SETS = ("stsb", "sick_r", "sts_unseen")
 RETRIEVAL_SETS = ("squad_sentences", "scifact")
 PROBE_SETS = ("clinc150", "hwu64")
 PROBE_ROWS, PROBE_DRAWS, PROBE_C = 10, 5, 10.0  # training rows of each label, how often drawn, inverse regularization
-ENCODED_TOGETHER = 1000  # texts in a file of the cache
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 View = Callable[[np.ndarray], np.ndarray]
@@ -35,38 +33,23 @@ Measure = Callable[[View], dict[str, float]]
 
 
 class EncoderVectors:
-    """Encodes texts with an encoder's own pooled vectors, before any projection, and keeps them in a folder.
+    """Encodes texts with an encoder's own pooled vectors, before any projection.
 
     Args:
         encoder: Folder or Hub id that `SentenceTransformer` loads.
-        cache: Folder for the vectors, so that an interrupted run continues; None keeps nothing.
     """
 
-    def __init__(self, encoder: str, cache: Path | None = None) -> None:
+    def __init__(self, encoder: str) -> None:
         transformer, pooling, *_ = SentenceTransformer(encoder, device="cpu")
         self.model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
         self.digest = hashlib.sha256(b"".join(x.numpy().tobytes() for x in self.model.state_dict().values())).hexdigest()
-        self.cache = cache
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Returns the texts' unit-length vectors, float32 [N, H]; a progress bar shows on standard error."""
         distinct = list(dict.fromkeys(texts))
-        starts = tqdm(range(0, len(distinct), ENCODED_TOGETHER), desc=f"{len(distinct):,} texts", leave=False)
-        vectors = np.concatenate([self._chunk(distinct[start : start + ENCODED_TOGETHER]) for start in starts])
+        vectors = self.model.encode(distinct, normalize_embeddings=True, show_progress_bar=True)
         rows = {text: row for row, text in enumerate(distinct)}
         return vectors[[rows[text] for text in texts]]
-
-    def _chunk(self, texts: list[str]) -> np.ndarray:
-        if self.cache is None:
-            return self.model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-        path = self.cache / (hashlib.sha256(json.dumps([self.digest, texts]).encode()).hexdigest() + ".npy")
-        if not path.exists():
-            self.cache.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as stream:
-                np.save(stream, self.model.encode(texts, normalize_embeddings=True, show_progress_bar=False))
-            partial.replace(path)
-        return np.load(path)
 
 
 def prefix_views(matrix: np.ndarray, dims: Iterable[int]) -> dict[str, View]:
@@ -173,13 +156,12 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="release folder")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--dims", type=int, nargs="+", default=[256, 128, 64], help="Matryoshka dimensions to measure")
-    parser.add_argument("--cache", type=Path, help="folder that keeps the encoder's vectors between runs")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     views = prefix_views(load_file(args.model / "2_Dense/model.safetensors")["linear.weight"], args.dims)
     command = "python -m evaluation.embedding MODEL --data DATA"
     found: dict[str, Any] = {"command": command, "rows_per_label": PROBE_ROWS, "draws": PROBE_DRAWS, "test": {}}
-    for name, figures in measure_embedding(EncoderVectors(str(args.model), args.cache), args.data, views):
+    for name, figures in measure_embedding(EncoderVectors(str(args.model)), args.data, views):
         found["test"][name] = figures
         write_json(args.output, {**found, **environment_info()})
         print(name, json.dumps(figures))

@@ -222,7 +222,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file for linear.weight")
     parser.add_argument("--results", type=Path, default=Path("results/projection.json"), help="file for the figures")
-    parser.add_argument("--cache", type=Path, help="folder that keeps the encoder's vectors between runs")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -230,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     check_data(args.data)
-    encode = EncoderVectors(args.encoder, args.cache)
+    encode = EncoderVectors(args.encoder)
     texts = [sample(distinct_texts(args.data / name, "train"), TEXTS_PER_SET, args.seed) for name in FIT_SETS]
     vectors = torch.from_numpy(encode(list(dict.fromkeys(chain(*texts)))))
     encoded = time.monotonic()
