@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import pearsonr, rankdata, spearmanr
-from seqeval.metrics import classification_report
 from seqeval.scheme import IOB2, Entities
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, recall_score
 
@@ -115,13 +114,9 @@ def entity_metrics(truth: list[list[str]], predicted: list[list[str]]) -> dict[s
 
     Beside them stands `f1_<TYPE>` of each type that occurs in `truth`, for instance `f1_PER`.
     """
-    types, found = (Entities(tags, scheme=IOB2).unique_tags for tags in (truth, predicted))
-    if not types | found:  # seqeval would take a mean over no types
-        return {"f1": 0.0, "precision": 0.0, "recall": 0.0}
-    report = classification_report(truth, predicted, mode="strict", scheme=IOB2, output_dict=True, zero_division=0)
-    names = {"f1": "f1-score", "precision": "precision", "recall": "recall"}
-    metrics = {name: float(report["micro avg"][key]) for name, key in names.items()}
-    return {**metrics, **{f"f1_{name}": float(report[name]["f1-score"]) for name in sorted(types)}}
+    counts, types = entity_counts(truth, predicted)
+    in_truth = np.flatnonzero(counts[:, 2].any(axis=0))
+    return {name: float(value[0]) for name, value in _entity_scores(counts.sum(axis=0)[None], types, in_truth).items()}
 
 
 def entity_counts(truth: list[list[str]], predicted: list[list[str]]) -> tuple[np.ndarray, list[str]]:
@@ -143,14 +138,15 @@ def entity_intervals(truth: list[list[str]], predicted: list[list[str]]) -> Inte
     """Returns the intervals of `entity_metrics`; a resample says nothing of a type that it lacks."""
     counts, types = entity_counts(truth, predicted)
     in_truth = np.flatnonzero(counts[:, 2].any(axis=0))
+    return bootstrap_sums(counts, lambda sums: _entity_scores(sums, types, in_truth))
 
-    def scores(sums: np.ndarray) -> Scores:
-        right, found, gold = np.moveaxis(sums.sum(axis=2), 1, 0)  # each [R]
-        total = {"f1": _f1(sums.sum(axis=2)), "precision": _ratio(right, found), "recall": _ratio(right, gold)}
-        per_type = np.where(sums[:, 1:].any(axis=1), _f1(sums), np.nan)  # [R, types]
-        return {**total, **{f"f1_{types[i]}": per_type[:, i] for i in in_truth}}
 
-    return bootstrap_sums(counts, scores)
+def _entity_scores(sums: np.ndarray, types: list[str], in_truth: np.ndarray) -> Scores:
+    """Returns the metrics, each [R], for sums [R, 3, types] of `entity_counts`, of the types with these indices too."""
+    right, found, gold = np.moveaxis(sums.sum(axis=2), 1, 0)  # each [R]
+    total = {"f1": _f1(sums.sum(axis=2)), "precision": _ratio(right, found), "recall": _ratio(right, gold)}
+    per_type = np.where(sums[:, 1:].any(axis=1), _f1(sums), np.nan)  # [R, types]
+    return {**total, **{f"f1_{types[i]}": per_type[:, i] for i in in_truth}}
 
 
 def entities_to_tags(spans: list[tuple[int, int]], entities: list[dict]) -> list[str]:
