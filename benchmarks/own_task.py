@@ -109,7 +109,8 @@ def logistic_regression(train: Part, test: Part, seed: int, values: tuple[float,
 
     start = time.perf_counter()
     model = LogisticRegression(max_iter=1000)
-    fitted = GridSearchCV(model, {"C": values}, cv=3) if len(values) > 1 else model
+    parts = min(3, np.unique(train.labels, return_counts=True)[1].min())  # no more than a label has rows
+    fitted = GridSearchCV(model, {"C": values}, cv=parts) if len(values) > 1 else model
     fitted.fit(train.vectors, train.labels)
     seconds = time.perf_counter() - start
     return {"accuracy": float(fitted.score(test.vectors, test.labels)), "seconds": seconds}
