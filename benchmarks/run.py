@@ -70,6 +70,16 @@ subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(time.perf_counter() - start, peak * (1 if sys.platform == "darwin" else 1024))
 """
+# One text by the three models that this one replaces, in one process.
+THREE_MODELS = """
+import sys
+import en_core_web_sm
+from sentence_transformers import SentenceTransformer
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+SentenceTransformer(sys.argv[1], device="cpu").encode(sys.argv[2])
+SentimentIntensityAnalyzer().polarity_scores(sys.argv[2])
+en_core_web_sm.load(exclude=["tagger", "parser", "attribute_ruler", "lemmatizer", "senter"])(sys.argv[2])
+"""
 DOCUMENT_ROWS = 7  # consecutive sentences that make a document: long, and within the window, so that nobody cuts it
 
 
@@ -207,11 +217,17 @@ def watch(command: list[Any]) -> tuple[float, int]:
     return float(seconds), int(peak)
 
 
-def start(model: str, backend: str, repeats: int = 5) -> dict[str, float]:
-    """Returns the median seconds and the greatest memory of annotate.py with one text, from start to end."""
-    command = [sys.executable, ROOT / "annotate.py", "--model", model, "--device", "cpu", "--backend", backend, SHORT_TEXT]
-    seconds, peaks = zip(*(watch(command) for _ in range(repeats)), strict=True)
-    return {"seconds": statistics.median(seconds), "peak_bytes": max(peaks)}
+def starts(model: str, backends: list[str], repeats: int = 5) -> dict[str, dict[str, float]]:
+    """Returns the median seconds and the greatest memory of one text from start to end, by backend and for three models."""
+    annotate = [sys.executable, ROOT / "annotate.py", "--model", model, "--device", "cpu", SHORT_TEXT, "--backend"]
+    commands = {backend: [*annotate, backend] for backend in backends}
+    if find_spec("en_core_web_sm") and find_spec("vaderSentiment"):
+        commands["three models"] = [sys.executable, "-c", THREE_MODELS, model, SHORT_TEXT]
+    found = {}
+    for name, command in commands.items():
+        seconds, peaks = zip(*(watch(command) for _ in range(repeats)), strict=True)
+        found[name] = {"seconds": statistics.median(seconds), "peak_bytes": max(peaks)}
+    return found
 
 
 def positive(text: str) -> int:
@@ -274,7 +290,7 @@ def main() -> None:
         "one_short_text_milliseconds": milliseconds(short),
         "shares": {backend: shares(pipe, texts) for backend, pipe in pipes.items()},
         "file_bytes": {backend: file_bytes(Path(args.model), backend) for backend in pipes},
-        "start": {backend: start(args.model, backend) for backend in pipes if backend in BACKENDS},
+        "start": starts(args.model, [backend for backend in pipes if backend in BACKENDS]),
         "seconds": seconds,
     }
     write_result(args.output, result)

@@ -338,11 +338,14 @@ def _quality_rows(rivals: dict[str, Any]) -> list[list[str]]:
 
 
 def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Returns the rows of results/benchmarks.json: texts per second, and one short text."""
+    """Returns the rows of results/benchmarks.json: memory, texts per second, and one short text."""
     seconds = found.get("seconds", {})
     short = {name: times["median"] for name, times in found.get("one_short_text_milliseconds", {}).items()}
     ours = [(title, f"everything, {backend}") for title, backend in (("PyTorch", "torch"), ("8 bits", "onnx-int8"))]
+    start = {name: f"{x['peak_bytes'] / 1e6:,.0f} MB" for name, x in found.get("start", {}).items()}
     rows = []
+    if {"three models", "torch"} <= set(start):
+        rows.append(["memory of the process, PyTorch", start["three models"], f"**{start['torch']}**"])
     if seconds.keys() >= set(THREE_MODELS):
         rounds = zip(*(seconds[name] for name in THREE_MODELS), strict=True)
         three = f"{found['texts'] / statistics.median(map(sum, rounds)):,.0f}"
