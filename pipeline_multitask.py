@@ -324,6 +324,8 @@ class Annotator:
         backend: One of `BACKENDS`.
 
     Attributes:
+        forward: Computes a batch: from the arrays of `pad_windows`, the tasks and the vector's name to the vectors, float32
+            [B, E] or None, and each task's logits.
         tokens_seen: How many tokens of text have been read.
 
     Raises:
@@ -342,7 +344,7 @@ class Annotator:
             )
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
         self.tokens_seen, self.backend = 0, backend
-        self._run = self._run_torch if backend == "torch" else OnnxModel(model, backend)
+        self.forward = self._run_torch if backend == "torch" else OnnxModel(model, backend)
 
     def stream(
         self,
@@ -411,7 +413,7 @@ class Annotator:
             vector: Which output to keep as the windows' `embedding`: one of the values of `VECTORS`.
         """
         inputs = pad_windows(windows, self.tokenizer.pad_token_id or 0)
-        vectors, logits = self._run(inputs, tasks, vector)
+        vectors, logits = self.forward(inputs, tasks, vector)
         for row, window in enumerate(windows):
             if vectors is not None:
                 window.embedding = vectors[row].copy()

@@ -139,7 +139,7 @@ def annotate(
     annotator: Annotator, graph: Callable[..., Any], texts: list[str], batch_tokens: int | None = None
 ) -> list[Record]:
     """Returns the records of texts by a graph, or by whatever else gives a batch's vectors and logits."""
-    annotator._run = graph
+    annotator.forward = graph
     return list(annotator.stream(texts, batch_tokens=batch_tokens))
 
 
@@ -158,7 +158,7 @@ def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None
         for name, make in WAYS.items():
             make(source, paths[name], feeds)
         graphs: dict[str, Callable[..., Any]] = {name: Graph(path, names, tasks) for name, path in paths.items()}
-        graphs[BFLOAT16] = half._run_torch
+        graphs[BFLOAT16] = half.forward
         together: dict[str, list[Record]] = {}
 
         def run(name: str) -> None:

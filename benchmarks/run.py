@@ -185,10 +185,10 @@ def timed(call: Callable[..., Any], clock: Callable[[], float], times: list[floa
 def shares(pipe: Any, texts: list[str]) -> dict[str, float]:
     """Returns which share of the pipeline's processor time goes to each of its steps, and to all around them."""
     annotator = copy.copy(pipe.annotator)
-    steps: dict[str, list[float]] = {"windows": [], "_run": [], "records": []}
+    steps: dict[str, list[float]] = {"windows": [], "forward": [], "records": []}
     for name, times in steps.items():
         # ONNX Runtime computes batches side by side, each in a thread; whatever else runs has the process for itself.
-        clock = time.thread_time if name == "_run" and annotator.backend != "torch" else time.process_time
+        clock = time.thread_time if name == "forward" and annotator.backend != "torch" else time.process_time
         setattr(annotator, name, timed(getattr(annotator, name), clock, times))
     start = time.process_time()
     list(annotator.stream(texts))

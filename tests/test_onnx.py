@@ -175,12 +175,12 @@ def test_the_pipeline_runs_the_smallest_graph_that_gives_what_is_asked(exported)
         ({"embedding": False}, "_tasks"),
         ({}, ""),
     ):
-        pipe.annotator._run.sessions.clear()
+        pipe.annotator.forward.sessions.clear()
         for record, expected in zip(pipe(TEXTS, **options), torch_pipe(TEXTS, **options), strict=True):
             assert record.keys() == expected.keys() and decisions(record) == decisions(expected)
             for name in {"sentence_embedding", "encoder_embedding"} & record.keys():
                 np.testing.assert_allclose(record[name], expected[name], atol=1e-4)
-        assert [Path(path).name for path in pipe.annotator._run.sessions] == [f"model{part}.onnx"]
+        assert [Path(path).name for path in pipe.annotator.forward.sessions] == [f"model{part}.onnx"]
     assert pipe(TEXTS[0], tasks=[], embedding=False) == {}
 
 
@@ -225,7 +225,7 @@ def test_every_way_to_eight_bits_is_compared_and_by_token_heeds_no_neighbours(ex
 
     folder, _ = exported("bert", 1)
     found = int8.measure(str(folder), sample_texts()[:12], 1, lambda line: None)
-    assert list(found) == [int8.FLOAT, *int8.WAYS]
+    assert list(found) == [int8.FLOAT, *int8.WAYS, int8.BFLOAT16]
     assert found[int8.FLOAT]["time_to_float"] == 1 and found[int8.FLOAT]["beside_float"]["cosine_min"] > 0.9999
     for name in (int8.FLOAT, "by token (the release's)", "by token, no zero points"):
         beside = found[name]["alone_beside_batch"]
