@@ -149,6 +149,8 @@ def _check_input(args: argparse.Namespace) -> None:
         raise InputError("give texts or --input FILE, one of the two")
     if args.dtype and args.backend not in (None, "torch"):
         raise InputError(f"--dtype {args.dtype} is for PyTorch; leave it out, or leave out --backend {args.backend}")
+    if args.device not in (None, "cpu") and args.backend not in (None, "torch"):
+        raise InputError(f"--device {args.device} is for PyTorch; --backend {args.backend} runs on the CPU")
     if args.num_workers < 1:
         raise InputError(f"--num-workers is {args.num_workers}; it must be at least 1")
     if args.engine == "ray":

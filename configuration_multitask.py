@@ -7,25 +7,21 @@ documented in `MultiTaskConfig`. Libraries that do not know this code therefore 
 import copy
 import json
 import re
-import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-SEQUENCE = "sequence_classification"
-TOKEN = "token_classification"
-KINDS = (SEQUENCE, TOKEN)
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+try:
+    if not TYPE_CHECKING:  # mypy checks these files outside a package
+        from .tasks_multitask import GREATEST_DIM, POOLING_MODES, TaskSpec, is_width, require
+except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
+    from tasks_multitask import GREATEST_DIM, POOLING_MODES, TaskSpec, is_width, require
+
 WEIGHTS_INDEX = "multitask.safetensors.index.json"  # its presence marks a release folder
-# How a word is written, which an uncased tokenizer does not see. The first stands where it is not known.
-CASINGS = ("unknown", "lower", "title", "upper", "capital", "mixed", "digits", "punctuation")
-READS = {"branch": ("branch",), "encoder": ("encoder",), "both": ("branch", "encoder")}
-POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_multitask.MultiTaskConfig",
@@ -36,8 +32,6 @@ AUTO_MAP = {
 CUSTOM_PIPELINES = {"multitask": {"impl": "pipeline_multitask.MultiTaskPipeline", "pt": ["AutoModel"]}}
 
 _TASK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-# Far above any real encoder: a broken file must not make Python build layers for hours, or fill the memory.
-GREATEST_DIM = 65_536
 _GREATEST_COUNTS = {
     "num_hidden_layers": 256,
     "num_labels": 100_000,
@@ -45,11 +39,6 @@ _GREATEST_COUNTS = {
     "intermediate_size": GREATEST_DIM,
     "vocab_size": 10_000_000,
 }
-
-
-def is_number(value: object) -> bool:
-    """Returns whether `value` is a finite int or float, no bool and not too great for a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_inside(value: object, suffix: str) -> bool:
@@ -60,15 +49,6 @@ def is_inside(value: object, suffix: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "\\" not in value and ":" not in value
 
 
-def _is_width(value: object) -> bool:
-    return value is None or (type(value) is int and 0 < value <= GREATEST_DIM)
-
-
-def _require(holds: bool, field: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{field} is {value!r}; allowed: {allowed}.")
-
-
 def check_task_name(name: Any) -> None:
     """Raises a ValueError if `name` cannot name a task: the heads live in a ModuleDict, whose attributes cannot."""
     well_formed = isinstance(name, str) and _TASK_NAME.fullmatch(name)
@@ -77,125 +57,6 @@ def check_task_name(name: Any) -> None:
             f"tasks has the task name {name!r}; allowed: letters, digits, '_' and '-', starting with a letter, and no name "
             "of a method of torch.nn.ModuleDict, such as 'items' or 'half'."
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSpec:
-    """One head: what it predicts and how it is built. Checked on construction.
-
-    A model builds its heads when it is made: a field changed later in `config.tasks` acts after saving and loading.
-
-    Attributes:
-        kind: `"sequence_classification"` (one answer per text) or `"token_classification"` (one label per word).
-        labels: Label names in the order of the logits. Token labels with `B-`/`I-` prefixes form a BIO scheme and
-            need an `"O"` and a `B-` label for each type. For regression: the names of the values predicted.
-        problem_type: Sequence tasks only: `"single_label_classification"` (default), `"multi_label_classification"`
-            or `"regression"`.
-        classifier_dropout: Dropout before the classifier in training, in [0, 1).
-        hidden_dim: Width of a hidden layer (GELU) before the classifier; None for a linear head.
-        pooling_mode: Sequence tasks only: how this head pools token vectors; None: as the sentence embedding does.
-        reads: Sequence tasks only: what this head pools: `"branch"` (default; the encoder, where there is no task branch), or
-            the vectors of unit length of `"encoder"` (`encoder_embedding`) or of `"both"`, one after the other.
-        casing_dim: Token tasks only: dimension of a learned vector for how each word and its neighbours are written
-            (`CASINGS`), which the head reads beside the token vectors; None: no casing features in this head.
-        temperature: Positive number by which the logits are divided (Guo et al. 2017); 1 changes nothing.
-        thresholds: Multi-label only: probability in [0, 1] from which each label counts as present; None: 0.5.
-        fallback: Multi-label only: the label to answer when none reaches its threshold; None: an empty list.
-
-    Raises:
-        ValueError: A field has the wrong type or value; the message names it and what is allowed.
-    """
-
-    kind: str
-    labels: list[str]
-    problem_type: str | None = None
-    classifier_dropout: float = 0.1
-    hidden_dim: int | None = None
-    pooling_mode: str | None = None
-    reads: str = "branch"
-    casing_dim: int | None = None
-    temperature: float = 1.0
-    thresholds: list[float] | None = None
-    fallback: str | None = None
-
-    def __post_init__(self) -> None:
-        self._require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}")
-        if self.kind == SEQUENCE and self.problem_type is None:
-            object.__setattr__(self, "problem_type", PROBLEM_TYPES[0])
-        self._check_labels()
-        self._check_problem_type()
-        dropout = self.classifier_dropout
-        self._require(is_number(dropout) and 0 <= dropout < 1, "classifier_dropout", "a number in [0, 1)")
-        for field in ("hidden_dim", "casing_dim"):
-            self._require(_is_width(getattr(self, field)), field, f"null or an integer from 1 to {GREATEST_DIM}")
-        self._require(self.casing_dim is None or self.kind == TOKEN, "casing_dim", f"null for a {SEQUENCE} task")
-        modes = (None, *POOLING_MODES) if self.kind == SEQUENCE else (None,)
-        self._require(self.pooling_mode in modes, "pooling_mode", f"null, or for a text {', '.join(POOLING_MODES)}")
-        allowed = READS if self.kind == SEQUENCE else ["branch"]
-        self._require(self.reads in list(allowed), "reads", " or ".join(allowed))
-        self._require(is_number(self.temperature) and self.temperature > 0, "temperature", "a positive number")
-
-    @property
-    def is_bio(self) -> bool:
-        """Whether the labels tag entities in the BIO scheme, that is, whether any starts with `B-` or `I-`."""
-        return self.kind == TOKEN and any(label.startswith(("B-", "I-")) for label in self.labels)
-
-    @classmethod
-    def from_dict(cls, name: str, fields: Any) -> "TaskSpec":
-        """Returns the checked spec of task `name` from its JSON object; errors start with `tasks.<name>`."""
-        if not isinstance(fields, dict):
-            raise ValueError(f"tasks.{name} is {fields!r}; it must be an object with at least 'kind' and 'labels'.")
-        fields = {key: value for key, value in fields.items() if key != "loss_weight"}  # which earlier releases stored
-        known = list(cls.__dataclass_fields__)
-        if unknown := sorted(set(fields) - set(known), key=str):
-            raise ValueError(f"tasks.{name} has unknown fields {unknown}; known fields: {', '.join(known)}.")
-        if missing := [field for field in ("kind", "labels") if field not in fields]:
-            raise ValueError(f"tasks.{name} lacks the fields {missing}.")
-        try:
-            return cls(**copy.deepcopy(fields))
-        except ValueError as error:
-            raise ValueError(f"tasks.{name}.{error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form: the fields that differ from their defaults, and always `kind` and `labels`."""
-        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
-        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
-
-    def _require(self, holds: bool, field: str, allowed: str) -> None:
-        _require(holds, field, getattr(self, field), allowed)
-
-    def _check_labels(self) -> None:
-        labels = self.labels
-        well_formed = isinstance(labels, list) and labels and all(isinstance(x, str) and x for x in labels)
-        self._require(bool(well_formed), "labels", "a non-empty list of non-empty strings")
-        self._require(len(set(labels)) == len(labels), "labels", "a list without duplicates")
-        if self.is_bio:
-            self._require(
-                "O" in labels and all(x == "O" or x.startswith(("B-", "I-")) for x in labels),
-                "labels", "in a BIO scheme only 'O', 'B-<type>' and 'I-<type>', 'O' among them",
-            )  # fmt: skip
-            self._require(
-                all("B-" + x[2:] in labels for x in labels if x.startswith("I-")),
-                "labels", "in a BIO scheme a 'B-<type>' for every 'I-<type>' (convert IO or IOB1 tags to BIO first)",
-            )  # fmt: skip
-
-    def _check_problem_type(self) -> None:
-        if self.kind == TOKEN:
-            self._require(self.problem_type is None, "problem_type", "null for a token_classification task")
-        else:
-            self._require(self.problem_type in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
-        if self.problem_type == PROBLEM_TYPES[0] or self.kind == TOKEN:
-            self._require(len(self.labels) > 1, "labels", "at least two labels, since one of them is chosen")
-        several = self.problem_type == PROBLEM_TYPES[1]
-        allowed = f"null, or for {PROBLEM_TYPES[1]} one of the labels"
-        self._require(self.fallback is None or (several and self.fallback in self.labels), "fallback", allowed)
-        if self.thresholds is not None:
-            values = self.thresholds
-            well_formed = isinstance(values, list) and all(is_number(x) and 0 <= x <= 1 for x in values)
-            self._require(
-                self.problem_type == PROBLEM_TYPES[1] and well_formed and len(values) == len(self.labels),
-                "thresholds", f"null, or for multi_label_classification a list of {len(self.labels)} numbers in [0, 1]",
-            )  # fmt: skip
 
 
 class MultiTaskConfig(PretrainedConfig):
@@ -231,7 +92,7 @@ class MultiTaskConfig(PretrainedConfig):
         multitask_weights: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _require(
+        require(
             isinstance(model_type, str) and model_type in MODEL_MAPPING_NAMES, "model_type", model_type,
             "the model type of an encoder that AutoModel knows, such as 'bert', 'roberta', 'modernbert' or 'xlm-roberta'",
         )  # fmt: skip
@@ -243,7 +104,7 @@ class MultiTaskConfig(PretrainedConfig):
         except Exception as error:  # every library below has its own types
             raise ValueError(f"The fields are not those of a {model_type!r} encoder: {error}") from error
         is_float = self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point)
-        _require(is_float, "dtype", self.dtype, "null or a floating-point type such as 'float32'")
+        require(is_float, "dtype", self.dtype, "null or a floating-point type such as 'float32'")
         self.model_type = model_type
         if not {"id2label", "num_labels"} & set(kwargs):
             # Labels belong to tasks: what is set later was asked for while loading.
@@ -264,13 +125,13 @@ class MultiTaskConfig(PretrainedConfig):
             ValueError: One of them is not allowed; the message names it.
         """
         modes, dim, layers = ", ".join(POOLING_MODES), self.embedding_dim, self.num_task_layers
-        _require(self.pooling_mode in POOLING_MODES, "pooling_mode", self.pooling_mode, modes)
-        _require(_is_width(dim), "embedding_dim", dim, f"an integer from 1 to {GREATEST_DIM}, or null for no projection")
+        require(self.pooling_mode in POOLING_MODES, "pooling_mode", self.pooling_mode, modes)
+        require(is_width(dim), "embedding_dim", dim, f"an integer from 1 to {GREATEST_DIM}, or null for no projection")
         allowed = f"an integer from 0 (no task branch) to {self.num_hidden_layers}, the number of the encoder's layers"
-        _require(type(layers) is int and 0 <= layers <= self.num_hidden_layers, "num_task_layers", layers, allowed)
+        require(type(layers) is int and 0 <= layers <= self.num_hidden_layers, "num_task_layers", layers, allowed)
         index, suffix = getattr(self, "transformers_weights", None), ".safetensors.index.json"
         allowed = f"the name of an index file inside the model folder that ends in '{suffix}'"
-        _require(index is None or is_inside(index, suffix), "multitask_weights", index, allowed)
+        require(index is None or is_inside(index, suffix), "multitask_weights", index, allowed)
         self.set_tasks(self.tasks)
 
     def set_tasks(self, tasks: dict[str, dict[str, Any]]) -> None:

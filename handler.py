@@ -23,9 +23,11 @@ import torch
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a server loads this file alone, by its path
-from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig, is_number
+from annotator_multitask import VECTORS, text_problem
+from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig
 from modeling_multitask import MultiTaskModel
-from pipeline_multitask import VECTORS, MultiTaskPipeline, text_problem
+from pipeline_multitask import MultiTaskPipeline
+from tasks_multitask import is_number
 from weights_multitask import WeightsError, load_release
 
 # One request must not keep the others waiting for long: on a single CPU core this many characters take some ten seconds,
@@ -67,8 +69,6 @@ class EndpointHandler:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.pipeline = MultiTaskPipeline(model=load_model(folder), tokenizer=tokenizer, device=device)
-        # The first call sets the tokenizer's truncation, which fails if another thread is using it.
-        self.pipeline("warm up")
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns one record per text, ready for JSON, or `{"error": message}` for an item that is not a text.

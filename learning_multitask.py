@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 try:
-    from .configuration_multitask import READS, SEQUENCE, TOKEN, is_number
-    from .pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
+    from .annotator_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
+    from .tasks_multitask import READS, SEQUENCE, TOKEN, is_number
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import READS, SEQUENCE, TOKEN, is_number
-    from pipeline_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
+    from annotator_multitask import Window, mean_over_windows, pad_windows, text_chunks, text_problem
+    from tasks_multitask import READS, SEQUENCE, TOKEN, is_number
 
 logger = logging.get_logger(__name__)
 

@@ -31,10 +31,12 @@ from transformers.utils.generic import can_return_tuple
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
-        from .configuration_multitask import CASINGS, READS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+        from .configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig
+        from .tasks_multitask import CASINGS, READS, SEQUENCE, TOKEN, TaskSpec
         from .weights_multitask import WeightsError, check_stored, loading_problems, not_finite, refuse
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import CASINGS, READS, SEQUENCE, TOKEN, WEIGHTS_INDEX, MultiTaskConfig, TaskSpec
+    from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig
+    from tasks_multitask import CASINGS, READS, SEQUENCE, TOKEN, TaskSpec
     from weights_multitask import WeightsError, check_stored, loading_problems, not_finite, refuse
 
 logger = logging.get_logger(__name__)
@@ -270,11 +272,14 @@ class MultiTaskModel(PreTrainedModel):
             layers = encoder.get_submodule(".".join(path))
             self.task_branch = TaskBranch(layers[-config.num_task_layers :], config.hidden_size)
             # In a tuple, so that their shared modules are not registered a second time.
+            below, above = layers[: -config.num_task_layers], layers[-config.num_task_layers :]
             self._views = (
-                _with_layers(encoder, path, layers[: -config.num_task_layers], is_trunk=True),
+                _with_layers(encoder, path, below, is_trunk=True),
+                _with_layers(encoder, path, above),
                 _with_layers(encoder, path, self.task_branch.layers),
             )
-            self._views[1].embeddings = _HiddenAsEmbeddings()
+            for view in self._views[1:]:
+                view.embeddings = _HiddenAsEmbeddings()
         self.heads = nn.ModuleDict({name: self.new_head(spec) for name, spec in config.task_specs.items()})
         self.post_init()
 
@@ -389,17 +394,17 @@ class MultiTaskModel(PreTrainedModel):
         if self.task_branch is None or not with_branch:
             encoded = self.encoder(**inputs, **wanted, return_dict=True, **kwargs)
             return encoded, encoded.last_hidden_state
-        trunk, branch = self._views
-        nothing = {"output_hidden_states": False, "output_attentions": False}
-        if with_encoder or any(wanted.values()):
-            encoded = self.encoder(**inputs, **{**wanted, "output_hidden_states": True}, return_dict=True, **kwargs)
+        trunk, top, branch = self._views
+        kwargs = {**kwargs, "return_dict": True}
+        plain = {**kwargs, "output_hidden_states": False, "output_attentions": False}
+        above = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
+        if any(wanted.values()):
+            encoded = self.encoder(**inputs, **{**wanted, "output_hidden_states": True}, **kwargs)
             forked = encoded.hidden_states[-1 - self.config.num_task_layers]
-        else:
-            forked = trunk(**inputs, **nothing, return_dict=True, **kwargs).last_hidden_state
-            encoded = BaseModelOutput()  # of nothing
-        inputs = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
-        inputs["inputs_embeds"] = self.task_branch(forked, casing)
-        return encoded, branch(**inputs, **nothing, return_dict=True, **kwargs).last_hidden_state
+        else:  # layer by layer the same, without keeping what each of them gives
+            forked = trunk(**inputs, **plain).last_hidden_state
+            encoded = top(inputs_embeds=forked, **above, **plain) if with_encoder else BaseModelOutput()
+        return encoded, branch(inputs_embeds=self.task_branch(forked, casing), **above, **plain).last_hidden_state
 
     def _requested(self, tasks: Iterable[str] | None, labels: dict[str, Tensor] | None) -> list[str]:
         names = list(self.heads) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
@@ -520,7 +525,7 @@ class MultiTaskModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         # Transformers does not count the pipeline's files as the model's. Beside this file and in the local folder that the
         # model came from, they are of its own revision.
-        for name in ("pipeline_multitask.py", "learning_multitask.py"):
+        for name in ("pipeline_multitask.py", "annotator_multitask.py", "learning_multitask.py"):
             target = Path(save_directory, name)
             sources = [Path(folder, name) for folder in (Path(__file__).parent, self.name_or_path) if folder]
             source = next((path for path in sources if path.exists()), target)

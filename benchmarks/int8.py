@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from transformers import pipeline
 
+from annotator_multitask import ONNX_FILES, Annotator, Record, pad_windows
 from benchmarks.run import make_parser, positive, run_rounds, write_result
 from common.data import load_split
-from pipeline_multitask import ONNX_FILES, Annotator, Record, pad_windows
 from release.onnx import onnx_run, quantize
 
 TEXTS = {

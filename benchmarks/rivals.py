@@ -11,8 +11,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from annotator_multitask import ONNX_FILES
 from evaluation.rivals import load_spacy, load_vader
-from pipeline_multitask import ONNX_FILES
 
 Finder = Callable[[list[str]], object]
 SPACY, VADER, FASTEMBED = "spaCy's small pipeline", "VADER", "fastembed"

@@ -27,10 +27,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 
+from annotator_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, ONNX_PARTS, length_batches, onnx_part, pad_windows
 from benchmarks.rivals import FASTEMBED, SPACY, Finder, load_rivals
 from common.data import load_split
 from common.files import ROOT, environment_info, write_json
-from pipeline_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, ONNX_PARTS, length_batches, onnx_part, pad_windows
 
 ENCODE = "SentenceTransformer.encode"
 SINGLE = "three single-task passes"  # of encoders of the same size: one embeds, one classifies, one tags
@@ -125,7 +125,7 @@ def pass_jobs(pipe: Any, texts: list[str]) -> dict[str, Job]:
     """Returns the forward passes of the encoder alone and of the model for each kind of output, over the same batches."""
     annotator, model = pipe.annotator, pipe.model
     groups = length_batches(annotator.windows(texts, list(model.config.tasks)), CPU_BATCH_TOKENS)
-    padded = [pad_windows(group, annotator.tokenizer.pad_token_id) for group in groups]
+    padded = [pad_windows(group, annotator.pad_token_id) for group in groups]
     batches = [{name: torch.from_numpy(values) for name, values in batch.items()} for batch in padded]
     calls = {"everything": {}, "embedding alone": {"tasks": []}, "labels and entities alone": {"output_embedding": False}}
 

@@ -2,14 +2,16 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 
+from annotator_multitask import ONNX_FILES, checked_options, cpu_threads
+from annotator_multitask import Annotator as Core
 from bulk.sources import InputError, Item
 
 MODEL_FILES = ("config.json", "tokenizer*.json", "*_multitask.py", "*.safetensors", "*/*.safetensors", "onnx/*.onnx")
@@ -33,7 +35,7 @@ class Settings:
         tasks: Names of the tasks to compute; None: all.
         embedding: Whether results hold the sentence embedding.
         batch_tokens: Tokens per batch, padding included; None: the pipeline's default.
-        threads: CPU threads of each process; None: torch's default.
+        threads: CPU threads of each process; None: PyTorch's default, with ONNX Runtime `cpu_threads()`.
     """
 
     model: str
@@ -48,9 +50,9 @@ class Settings:
 
     def divided(self, workers: int) -> "Settings":
         """Returns the settings for each of several processes that share the CPU."""
-        import torch
-
-        return self if workers == 1 else replace(self, threads=max(1, torch.get_num_threads() // workers))
+        if self.backend not in ONNX_FILES:
+            import torch  # noqa: F401  # its default is what `cpu_threads` returns then
+        return self if workers == 1 else replace(self, threads=max(1, cpu_threads() // workers))
 
 
 def _content(model: str, revision: str | None) -> str:
@@ -75,6 +77,25 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _exported(settings: Settings) -> Core:
+    """Returns an annotator that runs on ONNX Runtime alone, without PyTorch's seconds and memory."""
+    hub = {} if settings.revision is None else {"revision": settings.revision}
+    return Core.from_export(settings.model, str(settings.backend), settings.threads, **hub)
+
+
+def _loaded(settings: Settings) -> Core:
+    """Returns an annotator that runs on PyTorch."""
+    import torch
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    logging.disable_progress_bar()
+    given = {name: value for name in PIPELINE_OPTIONS if (value := getattr(settings, name)) is not None}
+    return pipeline("multitask", model=settings.model, trust_remote_code=True, **given).annotator
+
+
 class Annotator:
     """A loaded model, called with the same options every time.
 
@@ -87,49 +108,56 @@ class Annotator:
     """
 
     def __init__(self, settings: Settings) -> None:
-        import torch
-        from transformers import pipeline
-        from transformers.utils import logging
-
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        logging.disable_progress_bar()
-        given = {name: value for name in PIPELINE_OPTIONS if (value := getattr(settings, name)) is not None}
-        try:
-            self.pipe = pipeline("multitask", model=settings.model, trust_remote_code=True, **given)
-        except Exception as error:  # whatever its type, the model is what the user has to fix
-            raise InputError(f"--model {settings.model} cannot be loaded: {error}") from error
         self.settings = settings
-        self.options = {name: getattr(settings, name) for name in ("tasks", "embedding", "batch_tokens")}
-        self.pipe([], **self.options)  # refuses unknown tasks before any row is read
+        with self._loading():
+            self.core = _exported(settings) if settings.backend in ONNX_FILES else _loaded(settings)
+        given = {name: getattr(settings, name) for name in ("tasks", "embedding", "batch_tokens")}
+        self.options = checked_options(self.core.model.config.tasks, **given)
+        with self._loading():
+            self(["a"])  # ONNX Runtime reads its file for the first text
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever its type, the model is what the user has to fix
+            raise InputError(f"--model {self.settings.model} cannot be loaded: {error}") from error
 
     def __call__(self, texts: list[str]) -> list[Result]:
-        return self.pipe(texts, **self.options)
+        return list(self.core.stream(texts, **self.options))
+
+    @property
+    def device(self) -> str:
+        """What computes, for instance "cpu"."""
+        return str(getattr(self.core.model, "device", "cpu"))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether worker processes can share the weights: PyTorch's, on the CPU."""
+        return self.core.backend == "torch" and self.device == "cpu"
 
     def map_weights(self, path: Path) -> None:
         """Replaces the weights by those in a `torch.save` file, whose memory all processes share."""
         import torch
 
-        self.pipe.model.load_state_dict(torch.load(path, mmap=True), assign=True)
+        self.core.model.load_state_dict(torch.load(path, mmap=True), assign=True)
 
     def identity(self) -> dict[str, Any]:
         """Returns everything that decides the results: options, content of the model, this code, library versions."""
-        import torch
-
         settings = self.settings
         options = {f"--{x.replace('_', '-')}": getattr(settings, x) for x in (*PIPELINE_OPTIONS, "tasks", "batch_tokens")}
         return {
             **options,
             "--no-embedding": not settings.embedding,
             "content of --model": _content(settings.model, settings.revision),
-            "actual device": str(self.pipe.device),
-            "threads per process": torch.get_num_threads(),
+            "actual device": self.device,
+            "threads per process": settings.threads or cpu_threads(),
             **_versions(),
         }
 
     def schema(self) -> pyarrow.Schema:
         """Returns the parquet schema of the results."""
-        config, names = self.pipe.model.config, self.settings.tasks
+        config, names = self.core.model.config, self.settings.tasks
         specs = {name: spec for name, spec in config.task_specs.items() if names is None or name in names}
         return results_schema(specs, (config.embedding_dim or config.hidden_size) if self.settings.embedding else None)
 

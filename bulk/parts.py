@@ -150,7 +150,7 @@ def sha256(path: Path) -> str:
 
 def write_part(part: Path, chunk: list[Item], annotator: Annotator) -> tuple[int, int]:
     """Writes the results of a chunk, its rejects first; returns the numbers of rows and tokens."""
-    before = annotator.pipe.annotator.tokens_seen
+    before = annotator.core.tokens_seen
     results = annotate(chunk, annotator)
     if rejects := [{"row": x["row"], "reason": x["error"]} for x in results if x["error"]]:
         with durable(part.with_suffix(".rejects"), part.parent) as stream:
@@ -162,7 +162,7 @@ def write_part(part: Path, chunk: list[Item], annotator: Annotator) -> tuple[int
             pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), stream)
         else:
             stream.write("".join(to_json(result) + "\n" for result in results).encode())
-    return len(chunk), annotator.pipe.annotator.tokens_seen - before
+    return len(chunk), annotator.core.tokens_seen - before
 
 
 def to_json(result: Result) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from annotator_multitask import chunked, text_problem
+
 INPUT_FORMATS = ("csv", "jsonl", "parquet", "text")
 SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", "": "text"}
 CHUNK_ROWS = 1024
@@ -190,7 +192,6 @@ def _read_parquet(name: str, column: str) -> Iterator[Row]:
 
 def chunks(rows: Iterable[Row]) -> Iterator[list[Item]]:
     """Yields lists of bounded size of numbered rows; a row that cannot be annotated has a reason instead of a text."""
-    from pipeline_multitask import chunked, text_problem
 
     def items() -> Iterator[Item]:
         for row, (value, reason) in enumerate(rows):

@@ -48,14 +48,14 @@ def write_parts(
 
 
 def _share_weights(annotator: Annotator, folder: Path) -> Path | None:
-    """Returns a file with the weights for all processes to map, or None on a GPU, where each process has its own."""
+    """Returns a file with the weights for all processes to map; None where each process reads its own."""
+    if not annotator.has_weights:
+        return None
     import torch
 
-    if annotator.pipe.device.type != "cpu":
-        return None
     weights = folder / "weights"
     with durable(weights, folder) as stream:
-        torch.save(annotator.pipe.model.state_dict(), stream)  # keeps alignment, on which the last bits of results depend
+        torch.save(annotator.core.model.state_dict(), stream)  # keeps alignment, on which the last bits of results depend
     annotator.map_weights(weights)
     return weights
 

@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from annotator_multitask import Span, Window, find_words, length_batches, pad_windows
 from common.recipe import NO_LABEL, SCORED_PAIRS, TaskRecipe, is_entities, label_names
-from configuration_multitask import TOKEN, is_number
 from modeling_multitask import IGNORE_INDEX, pool
-from pipeline_multitask import Span, Window, find_words, length_batches, pad_windows
+from tasks_multitask import TOKEN, is_number
 
 Example = dict[str, Any]
 ENCODED_TOKENS = 4096  # in a batch of `encode`

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from configuration_multitask import TOKEN, TaskSpec, check_task_name
+from configuration_multitask import check_task_name
+from tasks_multitask import TOKEN, TaskSpec
 
 SCORED_PAIRS = "scored_pairs"  # the kind of task that trains the embedding, and has no head
 GRADIENT_SURGERY = "pcgrad"

@@ -19,6 +19,7 @@ from datasets import Dataset
 from scipy.special import expit, softmax
 from transformers import AutoModel, pipeline
 
+from annotator_multitask import EKMAN, Record, Span, group_scores, mean_over_windows, merge_words, text_chunks
 from common.data import (
     DataError,
     encode,
@@ -39,7 +40,6 @@ from common.data import (
 )
 from common.files import ROOT, environment_info, write_json
 from common.recipe import REWRITES, Recipe, RecipeError, TaskRecipe
-from configuration_multitask import PROBLEM_TYPES, TOKEN, TaskSpec
 from evaluation.metrics import (
     Intervals,
     calibration_error,
@@ -62,15 +62,7 @@ from evaluation.metrics import (
     similarity_metrics,
 )
 from modeling_multitask import IGNORE_INDEX
-from pipeline_multitask import (
-    EKMAN,
-    Record,
-    Span,
-    group_scores,
-    mean_over_windows,
-    merge_words,
-    text_chunks,
-)
+from tasks_multitask import PROBLEM_TYPES, TOKEN, TaskSpec
 
 DEFAULT_RECIPE = ROOT / "training/recipes/release.toml"
 NEIGHBOURS = 10

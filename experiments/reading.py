@@ -15,12 +15,13 @@ from unittest import mock
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from annotator_multitask import BioScheme
 from common.data import hash_columns, load_task_split
 from common.files import ROOT, environment_info, write_json
 from common.recipe import Recipe, TaskRecipe
 from evaluation.evaluate import measure_head, predict
 from modeling_multitask import MultiTaskModel
-from pipeline_multitask import BioScheme, MultiTaskPipeline
+from pipeline_multitask import MultiTaskPipeline
 
 TASK = "ner"
 PASSAGES = (3, 5, 10)

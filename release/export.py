@@ -26,15 +26,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from annotator_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
 from common.files import ROOT
-from configuration_multitask import POOLING_MODES, WEIGHTS_INDEX, MultiTaskConfig
+from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig
 from modeling_multitask import MultiTaskModel
-from pipeline_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
+from tasks_multitask import POOLING_MODES
 from weights_multitask import MODEL_PARTS, WeightsError, sha256
 
 CODE_FILES = (
-    "configuration_multitask.py", "weights_multitask.py", "modeling_multitask.py", "pipeline_multitask.py", "learning_multitask.py",
-    "handler.py",
+    "tasks_multitask.py", "configuration_multitask.py", "weights_multitask.py", "modeling_multitask.py", "annotator_multitask.py",
+    "pipeline_multitask.py", "learning_multitask.py", "handler.py",
 )  # fmt: skip
 ENCODER_FILE = "model.safetensors"
 DENSE_FILE = "2_Dense/model.safetensors"

@@ -30,21 +30,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, pipeline
 
-from common.files import ROOT, environment_info, write_json
-from configuration_multitask import TaskSpec
-from modeling_multitask import MultiTaskModel, WeightsError
-from pipeline_multitask import (
+from annotator_multitask import (
     BACKENDS,
     CPU_BATCH_TOKENS,
     ONNX_FILES,
     ONNX_PARTS,
     SLOW_FUSIONS,
     Annotator,
+    label_order,
     length_batches,
     onnx_part,
     pad_windows,
 )
+from common.files import ROOT, environment_info, write_json
+from modeling_multitask import MultiTaskModel, WeightsError
+from pipeline_multitask import make_annotator
 from release.golden import SENTENCES
+from tasks_multitask import TaskSpec
 from weights_multitask import sha256
 
 if TYPE_CHECKING:  # training and evaluation need more packages than the export
@@ -118,6 +120,7 @@ def write_graph(graph: Graph, path: Path) -> None:
         value.const_value = onnx_ir.tensor(np.zeros((1, 1), dtype=np.int64), name=value.name)
         program.model.graph.register_initializer(value)
     ClearMetadataAndDocStringPass()(program.model)  # it names this machine's folders
+    program.model.metadata_props["labels"] = label_order(graph.model.config.tasks)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx_ir.save(program.model, path)
 
@@ -272,6 +275,7 @@ def write_part(whole: Path, part: str, outputs: list[str]) -> None:
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", whole.name), ("offset", place), ("length", len(values))):
             tensor.external_data.add(key=key, value=str(value))
+    extracted.metadata_props.extend(model.metadata_props)
     extracted.metadata_props.add(key="weights_sha256", value=sha256(whole))
     onnx.save(extracted, whole.with_name(onnx_part(whole.name, part)))
 
@@ -289,9 +293,9 @@ def onnx_run(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
 
 def make_feeds(annotator: Annotator, graph: Graph, texts: Iterable[str]) -> list[dict[str, np.ndarray]]:
     """Returns a graph's inputs for texts, int64 [B, T] each, in the pipeline's batches."""
-    names, pad_token_id = graph.required + graph.optional, annotator.tokenizer.pad_token_id or 0
+    names = graph.required + graph.optional
     batches = length_batches(annotator.windows(list(texts), list(annotator.model.heads)), CPU_BATCH_TOKENS)
-    inputs = (pad_windows(windows, pad_token_id) for windows in batches)
+    inputs = (pad_windows(windows, annotator.pad_token_id) for windows in batches)
     return [{name: value for name, value in batch.items() if name in names} for batch in inputs]
 
 
@@ -320,7 +324,7 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
     """
     model, tokenizer = MultiTaskModel.from_pretrained(repo), AutoTokenizer.from_pretrained(repo)
     graph = Graph(model)
-    feeds = make_feeds(Annotator(model, tokenizer, torch.device("cpu")), graph, texts)
+    feeds = make_feeds(make_annotator(model, tokenizer, torch.device("cpu")), graph, texts)
     expected = collect(graph.outputs, graph.run, feeds)
     exact, quantized = (output / file for file in ONNX_FILES.values())
     for file in (exact, quantized):  # rather none than those of earlier weights

@@ -28,9 +28,9 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers import pipeline
 from transformers.utils import logging
 
+from annotator_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
 from common.files import ROOT
 from configuration_multitask import WEIGHTS_INDEX
-from pipeline_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
 from release import golden, ways
 from release.card import can_render, render_card
 from release.check import check, git_files

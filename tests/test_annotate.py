@@ -510,12 +510,9 @@ def test_a_pipe_cannot_be_resumed(run, tmp_path):
     assert run(*options)[0] == 0 and [x["text"] for x in records((tmp_path / "o.jsonl").read_text())] == ["one", "two"]
 
 
-def test_the_backend_is_the_pipelines(run, monkeypatch, pipe):
-    given = []
-    monkeypatch.setattr("transformers.pipeline", lambda *_, **options: given.append(options) or pipe)
-    run(PARIS, "--backend", "onnx-int8")
-    run(PARIS)
-    assert given[0]["backend"] == "onnx-int8" and "backend" not in given[1]
+def test_an_onnx_backend_runs_on_the_cpu_alone(run):
+    code, _, err = run(PARIS, "--backend", "onnx-int8", "--device", "cuda:0")
+    assert code == 2 and "--device cuda:0 is for PyTorch; --backend onnx-int8 runs on the CPU" in err
 
 
 def test_bfloat16_gives_the_same_records_with_fewer_digits(run):

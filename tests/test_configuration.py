@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, BertConfig
 
-from configuration_multitask import KINDS, POOLING_MODES, PROBLEM_TYPES, MultiTaskConfig, TaskSpec
+from configuration_multitask import MultiTaskConfig
+from tasks_multitask import KINDS, POOLING_MODES, PROBLEM_TYPES, TaskSpec
 from tests.conftest import ENCODERS, TASKS, tiny_config
 
 names = st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True).filter(lambda x: not hasattr(torch.nn.ModuleDict, x))

@@ -6,6 +6,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
+from annotator_multitask import Window, find_words
 from common.data import (
     class_names,
     data_source,
@@ -19,9 +20,8 @@ from common.data import (
     word_tags,
 )
 from common.recipe import TaskRecipe
-from configuration_multitask import CASINGS
 from modeling_multitask import IGNORE_INDEX
-from pipeline_multitask import Window, find_words
+from tasks_multitask import CASINGS
 from tests.conftest import WINDOW, tiny_tokenizer
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]

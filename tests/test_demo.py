@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configuration_multitask import TaskSpec
+from tasks_multitask import TaskSpec
 from tests.conftest import ROOT, TEXTS
 
 gr = pytest.importorskip("gradio")

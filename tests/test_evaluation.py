@@ -17,12 +17,13 @@ from seqeval.scheme import IOB2
 from transformers import AutoTokenizer
 
 import learning_multitask
+from annotator_multitask import EKMAN
 from common.data import has_split, token_spans
 from common.recipe import Recipe, TaskRecipe
-from configuration_multitask import TaskSpec
 from evaluation import calibrate, evaluate, metrics, plots
 from modeling_multitask import MultiTaskModel
-from pipeline_multitask import EKMAN, MultiTaskPipeline
+from pipeline_multitask import MultiTaskPipeline
+from tasks_multitask import TaskSpec
 from tests.conftest import TASKS, tiny_model, tiny_tokenizer
 
 STRICT = {"mode": "strict", "scheme": IOB2, "zero_division": 0}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from annotator_multitask import BioScheme
 from common.recipe import Recipe, RecipeError
 from experiments import report, run
 from experiments.conflicts import GradientProbe
 from experiments.reading import each_word_by_itself, joined
-from pipeline_multitask import BioScheme
 from tests.conftest import ROOT
 from tests.test_training import Workshop, same
 from training.train import new_trainer

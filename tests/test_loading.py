@@ -23,11 +23,11 @@ from transformers import (
     pipeline,
 )
 
-from configuration_multitask import POOLING_MODES
 from modeling_multitask import MultiTaskForTokenClassification, MultiTaskModel, WeightsError
 from release import onnx as release_onnx
 from release import ways as ways_script
 from release.export import export
+from tasks_multitask import POOLING_MODES
 from tests.conftest import ENCODERS, ROOT, TASKS, TEXTS, write_release
 from tests.loopback_hub import LoopbackHub
 

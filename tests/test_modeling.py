@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import modeling_multitask
-from configuration_multitask import CASINGS, POOLING_MODES
 from modeling_multitask import (
     IGNORE_INDEX,
     MultiTaskForSequenceClassification,
@@ -18,6 +17,7 @@ from modeling_multitask import (
     MultiTaskModel,
     pool,
 )
+from tasks_multitask import CASINGS, POOLING_MODES
 from tests.conftest import ENCODERS, TASKS, tiny_config, tiny_model
 
 IDS = torch.tensor([[1, 20, 21, 22, 23, 24, 2], [1, 30, 31, 2, 0, 0, 0]])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from common.data import unsaid_labels
 from common.recipe import TaskRecipe
-from configuration_multitask import TaskSpec
 from modeling_multitask import IGNORE_INDEX, task_loss
+from tasks_multitask import TaskSpec
 from training.objectives import LossWeights, class_weights, classification_loss, embedding_loss, label_counts, preserve_loss
 
 SINGLE = TaskSpec(kind="sequence_classification", labels=["a", "b"])

@@ -16,15 +16,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 
+from annotator_multitask import ONNX_FILES, ONNX_PARTS, Record, Window, onnx_part  # noqa: E402
 from common.recipe import Recipe  # noqa: E402
 from modeling_multitask import MultiTaskModel  # noqa: E402
-from pipeline_multitask import (  # noqa: E402
-    ONNX_FILES,
-    ONNX_PARTS,
-    Record,
-    Window,
-    onnx_part,
-)
 from release import onnx as release_onnx  # noqa: E402
 from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, tiny_model, tiny_tokenizer, write_release  # noqa: E402
 

@@ -14,8 +14,6 @@ from tests.conftest import ROOT
 SOURCES = [Path(x) for x in subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()]
 # A folder is one package; each file of the root is one by itself.
 PACKAGES = {path.parts[0].removesuffix(".py") for path in SOURCES} - {"tests", "examples"}
-# The pipeline's `add_task` is the learning file's: imported when it is called.
-LATE = {("pipeline_multitask", "learning_multitask")}
 
 # Used where they are installed, each with a message of its own or a test that is skipped.
 OPTIONAL = {
@@ -41,7 +39,7 @@ def test_packages_import_each_other_in_no_circle():
         package = path.parts[0].removesuffix(".py")
         if package in PACKAGES:
             used = {module.partition(".")[0] for module, _ in imports(path)} & (PACKAGES | {"tests"})
-            graph[package] |= {x for x in used if x != package and (package, x) not in LATE}
+            graph[package] |= {x for x in used if x != package}
     assert not any("tests" in used for used in graph.values()), "what is released needs no test"
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 

@@ -13,18 +13,10 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, pipeline
 
-from configuration_multitask import CASINGS, TaskSpec
+from annotator_multitask import EKMAN, BioScheme, group_scores, text_answer, text_problem, word_casing, word_starts
 from modeling_multitask import MultiTaskForTokenClassification
-from pipeline_multitask import (
-    EKMAN,
-    BioScheme,
-    MultiTaskPipeline,
-    group_scores,
-    text_answer,
-    text_problem,
-    word_casing,
-    word_starts,
-)
+from pipeline_multitask import MultiTaskPipeline
+from tasks_multitask import CASINGS, TaskSpec
 from tests.conftest import TASKS, TEXTS, WINDOW, tiny_model, tiny_tokenizer
 
 LABELS = TASKS["ner"]["labels"]  # O B-PER I-PER B-LOC I-LOC

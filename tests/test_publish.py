@@ -21,7 +21,7 @@ TOKEN = "hf_" + "neverPrintedOrWritten" * 2
 OWN = {
     "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "README.md", "config.json",
     "config_sentence_transformers.json", "configuration_multitask.py", "heads/model.safetensors", "learning_multitask.py", "model.safetensors",
-    "modeling_multitask.py", "modules.json", "multitask.safetensors.index.json", "pipeline_multitask.py", "handler.py", "weights_multitask.py",
+    "modeling_multitask.py", "modules.json", "multitask.safetensors.index.json", "pipeline_multitask.py", "handler.py", "weights_multitask.py", "annotator_multitask.py", "tasks_multitask.py",
     "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, pipeline
 
+from annotator_multitask import group_scores
 from common.data import token_spans
 from configuration_multitask import WEIGHTS_INDEX
 from evaluation.metrics import (
@@ -24,7 +25,6 @@ from evaluation.metrics import (
     similarity_metrics,
 )
 from modeling_multitask import MultiTaskModel
-from pipeline_multitask import group_scores
 from release import golden
 from release.check import check
 from release.export import export

@@ -31,11 +31,12 @@ from transformers import AutoTokenizer
 
 from common.data import has_split, label_reader, load_task_split, tagged_rows, task_labels, token_spans
 from common.recipe import Recipe, RecipeError, TaskRecipe
-from configuration_multitask import SEQUENCE, TOKEN, WEIGHTS_INDEX
+from configuration_multitask import WEIGHTS_INDEX
 from learning_multitask import ENTITIES, NUMBER, PROBLEMS, Report, check_spans, found_spans, labels_of, plain, score
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from release.export import ENCODER_FILE, HEADS_FILE, export
+from tasks_multitask import SEQUENCE, TOKEN
 from weights_multitask import WeightsError
 
 Rows = tuple[list[Any], list[Any]]  # texts and their labels

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from common.data import fold_unsaid, unsaid_labels
 from common.recipe import Recipe, TaskRecipe
-from configuration_multitask import TaskSpec
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel, MultiTaskOutput, pool, task_loss
+from tasks_multitask import TaskSpec
 from training.sampler import Stream
 
 CASING_DROPOUT = 0.15  # share of texts whose casing is hidden in training, so that the value "unknown" is learned

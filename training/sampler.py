@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from common.data import Example, make_batch, text_ids
 from common.recipe import SamplingRecipe, TaskRecipe
-from configuration_multitask import TOKEN
+from tasks_multitask import TOKEN
 
 POOL_BATCHES = 50  # as many batches' examples are sorted by length together
 ANNEALED_END = 0.2  # the exponent that the annealed probabilities end with
