@@ -75,6 +75,7 @@ onnx:
 # Speed side by side, and memory; DATA=… must name the data sets' folder.
 bench:
 	python -m benchmarks.run $(FROM_DATA)
+	python -m benchmarks.starts
 	python -m benchmarks.memory
 
 # The small grid behind discussion.md, about three hours a seed on two cores; it continues where it was.

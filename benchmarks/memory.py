@@ -13,7 +13,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from benchmarks.run import positive, watch, write_result
+from benchmarks.run import positive, write_result
+from benchmarks.starts import watch
 from common.files import ROOT
 from configuration_multitask import MultiTaskConfig
 from modeling_multitask import MultiTaskModel

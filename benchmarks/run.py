@@ -2,15 +2,13 @@
 
 Each way of working runs over the same texts, in rounds, each round in another order. What counts are the ratios of two
 times of the same round, so that a machine that slows down for a while slows both; given are their medians and quartiles.
-The same for one short text at a time. Then, for each backend: where the processor's time goes, the size of its files, and
-the seconds and the memory of annotate.py with one text. Results go to results/benchmarks.json. Run it on a quiet machine,
-with `python -m release.onnx .` before it.
+The same for one short text at a time. Then, for each backend: where the processor's time goes, and the size of its files.
+Results go to results/benchmarks.json. Run it on a quiet machine, with `python -m release.onnx .` before it.
 """
 
 import argparse
 import copy
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -61,25 +59,6 @@ PASSES = {  # of the model alone, over the same batches
 }
 SHORT_TEXT = "Tim Cook opened Apple's new store in Paris. I love it!"
 OPTIONAL_LIBRARIES = ("onnxruntime", "spacy", "vaderSentiment", "fastembed", "litserve")
-# Runs a command and prints the seconds and the bytes of memory that it took. A process of its own, since one inherits its
-# parent's peak.
-WATCH = """
-import resource, subprocess, sys, time
-start = time.perf_counter()
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(time.perf_counter() - start, peak * (1 if sys.platform == "darwin" else 1024))
-"""
-# One text by the three models that this one replaces, in one process.
-THREE_MODELS = """
-import sys
-import en_core_web_sm
-from sentence_transformers import SentenceTransformer
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-SentenceTransformer(sys.argv[1], device="cpu").encode(sys.argv[2])
-SentimentIntensityAnalyzer().polarity_scores(sys.argv[2])
-en_core_web_sm.load(exclude=["tagger", "parser", "attribute_ruler", "lemmatizer", "senter"])(sys.argv[2])
-"""
 DOCUMENT_ROWS = 7  # consecutive sentences that make a document: long, and within the window, so that nobody cuts it
 
 
@@ -206,30 +185,6 @@ def file_bytes(model: Path, backend: str) -> int:
     return sum(path.stat().st_size for path in paths if path.exists())
 
 
-def watch(command: list[Any]) -> tuple[float, int]:
-    """Returns the seconds and the peak memory, in bytes, of a command.
-
-    Raises:
-        CalledProcessError: It has failed; it has said why.
-    """
-    done = subprocess.run([sys.executable, "-c", WATCH, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
-    seconds, peak = done.stdout.split()
-    return float(seconds), int(peak)
-
-
-def starts(model: str, backends: list[str], repeats: int = 5) -> dict[str, dict[str, float]]:
-    """Returns the median seconds and the greatest memory of one text from start to end, by backend and for three models."""
-    annotate = [sys.executable, ROOT / "annotate.py", "--model", model, "--device", "cpu", SHORT_TEXT, "--backend"]
-    commands = {backend: [*annotate, backend] for backend in backends}
-    if find_spec("en_core_web_sm") and find_spec("vaderSentiment"):
-        commands["three models"] = [sys.executable, "-c", THREE_MODELS, model, SHORT_TEXT]
-    found = {}
-    for name, command in commands.items():
-        seconds, peaks = zip(*(watch(command) for _ in range(repeats)), strict=True)
-        found[name] = {"seconds": statistics.median(seconds), "peak_bytes": max(peaks)}
-    return found
-
-
 def positive(text: str) -> int:
     """Returns a number from a command line, which must be at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -290,7 +245,6 @@ def main() -> None:
         "one_short_text_milliseconds": milliseconds(short),
         "shares": {backend: shares(pipe, texts) for backend, pipe in pipes.items()},
         "file_bytes": {backend: file_bytes(Path(args.model), backend) for backend in pipes},
-        "start": starts(args.model, [backend for backend in pipes if backend in BACKENDS]),
         "seconds": seconds,
     }
     write_result(args.output, result)

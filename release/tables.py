@@ -225,18 +225,24 @@ def int8_table(found: dict[str, Any]) -> str:
 
 
 def modes_table(found: dict[str, Any]) -> str:
-    """Returns the speed, size and memory of each backend and each kind of output, and of what people would run instead."""
+    """Returns the speed and size of each backend and each kind of output, and of what people would run instead."""
     short = found["one_short_text_milliseconds"]
     rows = []
     for name, speed in found["texts_per_second"].items():
         times = [f"{short[name]['median']:.1f}", f"{short[name]['p95']:.1f}"] if name in short else ["", ""]
         backend = name.split(", ")[-1]
         size = f"{found['file_bytes'][backend] / 1e6:.0f}" if backend in found["file_bytes"] else ""
-        start = found["start"].get(backend)
-        shell = [f"{start['peak_bytes'] / 1e6:,.0f}", f"{start['seconds']:.1f}"] if start else ["", ""]
-        rows.append([name, f"{speed:,.0f}", *times, size, *shell])
-    head = ["", "texts per second", "ms, one short text", "95th percentile", "MB of files", "MB of memory"]
-    return markdown([*head, "s, one text from the shell"], rows)
+        rows.append([name, f"{speed:,.0f}", *times, size])
+    return markdown(["", "texts per second", "ms, one short text", "95th percentile", "MB of files"], rows)
+
+
+def starts_table(found: dict[str, Any]) -> str:
+    """Returns what one text from the shell takes with each backend, and with three models."""
+    rows = [
+        [name, f"{way['seconds']:.1f}", f"{way['to_torch']:.2f}", f"{way['peak_bytes'] / 1e6:,.0f}"]
+        for name, way in found["ways"].items()
+    ]
+    return markdown(["one text from the shell", "seconds", "ratio to torch", "MB of memory"], rows)
 
 
 def files_table(folder: Path) -> str | None:
@@ -317,9 +323,9 @@ def replaces_table(folder: Path) -> str:
     """Returns this model beside the three models that it replaces; what has not been measured is left out."""
     rows = [
         ["vectors of your all-MiniLM-L6-v2 index stay valid", "yes", "yes: same file, same vectors"],
-        ["models to download, load and call", "3", "1"],
         *_quality_rows(read_some("rivals", folder) or {}),
         *_size_rows(folder),
+        *_start_rows((read_some("starts", folder) or {}).get("ways", {})),
         *_speed_rows(read_some("benchmarks", folder) or {}),
         ["output", "three formats, no emotions", "one record, with 28 emotions, offsets and scores"],
         ["your own label set", "another model to train and serve", "`add_task`, vectors unchanged"],
@@ -337,15 +343,27 @@ def _quality_rows(rivals: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _start_rows(ways: dict[str, Any]) -> list[list[str]]:
+    """Returns the rows of results/starts.json: memory, and the seconds of one text from the shell."""
+    if not {"three models", "torch", "onnx-int8"} <= set(ways):
+        return []
+    three, torch, int8 = (ways[name] for name in ("three models", "torch", "onnx-int8"))
+    rows = [("memory, PyTorch", "peak_bytes", torch), ("memory, 8 bits", "peak_bytes", int8)]
+    rows.append(("one text from the shell, 8 bits", "seconds", int8))
+    units = {"peak_bytes": (1e6, ",.0f", "MB"), "seconds": (1, ".1f", "s")}
+    shown = []
+    for title, key, way in rows:
+        unit, form, name = units[key]
+        shown.append([title, f"{three[key] / unit:{form}} {name}", f"**{way[key] / unit:{form}} {name}**"])
+    return shown
+
+
 def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Returns the rows of results/benchmarks.json: memory, texts per second, and one short text."""
+    """Returns the rows of results/benchmarks.json: texts per second, and one short text in 8 bits."""
     seconds = found.get("seconds", {})
     short = {name: times["median"] for name, times in found.get("one_short_text_milliseconds", {}).items()}
     ours = [(title, f"everything, {backend}") for title, backend in (("PyTorch", "torch"), ("8 bits", "onnx-int8"))]
-    start = {name: f"{x['peak_bytes'] / 1e6:,.0f} MB" for name, x in found.get("start", {}).items()}
     rows = []
-    if {"three models", "torch"} <= set(start):
-        rows.append(["memory of the process, PyTorch", start["three models"], f"**{start['torch']}**"])
     if seconds.keys() >= set(THREE_MODELS):
         rounds = zip(*(seconds[name] for name in THREE_MODELS), strict=True)
         three = f"{found['texts'] / statistics.median(map(sum, rounds)):,.0f}"
@@ -356,7 +374,8 @@ def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
         ]
     if short.keys() >= set(THREE_MODELS):
         three = f"{sum(short[name] for name in THREE_MODELS):.1f} ms"
-        rows += [[f"one short text, {title}", three, f"**{short[name]:.1f} ms**"] for title, name in ours if name in short]
+        title, name = ours[-1]
+        rows += [[f"one short text, {title}", three, f"**{short[name]:.1f} ms**"]] if name in short else []
     return rows
 
 
@@ -368,7 +387,7 @@ def _size_rows(folder: Path) -> list[list[str]]:
         return []
     encoder, *rest = (path.stat().st_size / 1e6 for path in sizes)
     three = encoder + published["spacy_small"]["megabytes"]
-    return [["weights to download", f"{three:.0f} MB", f"**{encoder + sum(rest):.0f} MB**"]]
+    return [["weights to download", f"{three:.0f} MB in three models", f"**{encoder + sum(rest):.0f} MB in one**"]]
 
 
 # Training
@@ -435,5 +454,6 @@ RENDERERS: dict[str, Callable[[Path], str | None]] = {
     "rivals": _of("rivals", rivals_table),
     "specification": specification_table,
     "speed": _of("benchmarks", speed_table),
+    "starts": _of("starts", starts_table),
     "training": _of("training", training_text),
 }
