@@ -10,18 +10,20 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from seqeval.metrics.sequence_labeling import get_entities
 
+from common.data import token_spans
 from common.files import ROOT, environment_info, write_json
 from learning_multitask import learn_texts, read_examples, read_pooled
 from pipeline_multitask import MultiTaskPipeline
-from training.add_task import load, measure_task, read_file, tag_spans
+from training.add_task import load, measure_task, read_file
 from weights_multitask import sha256
 
 SEEDS = range(5)
@@ -53,6 +55,13 @@ class Part:
 
     def take(self, rows: np.ndarray) -> "Part":
         return Part(self.texts[rows], self.labels[rows], self.features[rows], self.vectors[rows])
+
+
+def tag_spans(tokens: list[str], tags: Iterable[str | None]) -> list[tuple[int, int, str]]:
+    """Returns the entities of BIO tags in the text of tokens joined by spaces, as (start, end, type)."""
+    spans = token_spans(tokens)
+    found = get_entities([tag or "O" for tag in tags])
+    return [(spans[first][0], spans[last][1], kind) for kind, first, last in found]
 
 
 def read_part(pipe: MultiTaskPipeline, folder: Path, split: str, cache: Path) -> Part:

@@ -200,5 +200,6 @@ def join(parts: list[Path], output: Output, schema: pyarrow.Schema) -> None:
 def _join_parquet(parts: list[Path], stream: BinaryIO, schema: pyarrow.Schema) -> None:
     with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
         for first in range(0, len(parts), GROUP_PARTS):
-            tables = [pyarrow.parquet.ParquetFile(part).read() for part in parts[first : first + GROUP_PARTS]]
-            writer.write_table(pyarrow.concat_tables(tables))
+            group = (pyarrow.parquet.ParquetFile(part).read() for part in parts[first : first + GROUP_PARTS])
+            writer.write_table(pyarrow.concat_tables(group))
+            pyarrow.default_memory_pool().release_unused()  # else a long file's join takes more and more

@@ -1,16 +1,14 @@
-"""The command that adds a task: from a file or a recipe, to a release or a checkpoint, with everything else left as it is."""
+"""The command that adds a task: from a file, to a release or a checkpoint, with everything else left as it is."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from common.recipe import Recipe, RecipeError
 from modeling_multitask import MultiTaskModel
 from release.export import export
 from tests.conftest import TEXTS, tiny_model, tiny_tokenizer
@@ -114,8 +112,6 @@ def test_what_cannot_be_read_is_refused(source, table, tmp_path, monkeypatch):
             (source, "--data", tmp_path / "x.xlsx", "--text-column", "a", "--label-column", "b"),
             r"allowed: a file that ends in",
         ),
-        ((source, "--data", table), "Give --data FILE with --text-column"),
-        ((source, "no.toml"), "no.toml cannot be read"),
         (
             ("no such/model", "--data", table, "--text-column", "message", "--label-column", "intent"),
             "MODEL is 'no such/model'",
@@ -124,56 +120,6 @@ def test_what_cannot_be_read_is_refused(source, table, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=message):
             command(monkeypatch, *arguments, *output)
     with pytest.raises(SystemExit, match="exists and is not empty"):
-        command(monkeypatch, source, "--data", table, "--output", tmp_path)
+        columns = ("--text-column", "message", "--label-column", "intent")
+        command(monkeypatch, source, "--data", table, *columns, "--output", tmp_path)
     assert not (tmp_path / "output").exists()
-
-
-# Recipes
-
-
-def recipe(**task: Any) -> Recipe:
-    fields = {"text_columns": ["text"], "label_column": "label", "kind": "sequence_classification", **task}
-    model = {"encoder": "-", "max_length": 8}
-    return Recipe.build({"model": model, "tasks": {"new": fields}, "optimizer": {"learning_rate": 1.0}}, "test")
-
-
-def test_a_recipe_maps_labels_and_measures_the_test_split(source, tmp_path):
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["rome", "paris", "love"])})
-    labels = [1 if i % 2 else 2 for i in range(40)]
-    for split in ("train", "test"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        Dataset.from_dict({"text": CITIES, "label": labels}, features=features).to_parquet(
-            tmp_path / f"data/{split}.parquet"
-        )
-    mapping = {"rome": "city", "paris": "city", "love": "other"}
-    pipe = add_task.load(source)
-    chosen = recipe(dataset=str(tmp_path / "data"), labels=["other", "city"], mapping=mapping)
-    report = add_task.add_recipe_task(pipe, chosen)
-    assert report["labels"] == ["other", "city"] and report["test"]["rows"] == 40 and report["test"]["score"] > 0.8
-
-
-def test_a_recipe_of_tokens_becomes_entities(source, tmp_path):
-    tokens = [["Paris" if i % 2 else "paris", "is", "so", "x" * (1 + i % 4)] for i in range(24)]
-    features = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=TAGS))})
-    (tmp_path / "data").mkdir()
-    rows = {"tokens": tokens, "tags": [[i % 2, 2 * (i % 2), 0, 0] for i in range(24)]}
-    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data/train.parquet")
-    fields = {"kind": "token_classification", "text_columns": ["tokens"], "label_column": "tags", "epochs": 12}
-    pipe = add_task.load(source)
-    report = add_task.add_recipe_task(pipe, recipe(dataset=str(tmp_path / "data"), head={"casing_dim": 8}, **fields))
-    assert report["kind"] == "entities" and pipe.model.config.tasks["new"]["labels"] == TAGS and "test" not in report
-    assert add_task.tag_spans(["a", "bc", "d"], ["B-X", "I-X", "I-Y"]) == [(0, 4, "X"), (5, 6, "Y")]
-
-
-def test_recipes_that_ask_for_something_else_are_refused():
-    with pytest.raises(RecipeError, match=r"tasks.new sets class_weights, which training.train uses"):
-        add_task.new_task(recipe(dataset="-", class_weights="inverse_frequency"))
-    pairs = {"kind": "scored_pairs", "text_columns": ["a", "b"]}
-    with pytest.raises(RecipeError, match=r"tasks.new.kind is 'scored_pairs', which trains the embedding"):
-        add_task.new_task(recipe(dataset="-", **pairs))
-
-
-def test_the_example_recipe_is_one_that_can_be_added():
-    path = Path(add_task.__file__).parent / "recipes/add_irony.toml"
-    name, task = add_task.new_task(Recipe.read(path))
-    assert name == "irony" and json.dumps(task.labels) == '["non_irony", "irony"]'

@@ -5,10 +5,6 @@
 MODEL is a release folder, a checkpoint or a Hub id, and the output is of the same form, without card and ONNX files. --data is a
 csv, jsonl or parquet file. The labels are read from it: text or whole numbers (one label each), lists of str (any number of
 labels), decimal numbers (regression), lists of [start, end, label] (entities). The score is that of held-out rows.
-
-With a recipe in place of the columns (`training/recipes/add_irony.toml`), the examples are the train split of its one task, mapped
-as in training, and its test split, or else its validation split, is measured too. Of the recipe, the data set's fields, `kind`,
-`labels`, `head`, for entities `epochs`, and `run.seed` are used.
 """
 
 import argparse
@@ -16,7 +12,6 @@ import csv
 import json
 import sys
 import tempfile
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,21 +21,17 @@ import torch
 from datasets import ClassLabel, Dataset
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from seqeval.metrics.sequence_labeling import get_entities
 from transformers import AutoTokenizer
 
-from common.data import has_split, label_reader, load_task_split, tagged_rows, task_labels, token_spans
-from common.recipe import Recipe, RecipeError, TaskRecipe
 from configuration_multitask import WEIGHTS_INDEX
 from learning_multitask import ENTITIES, NUMBER, PROBLEMS, Report, check_spans, found_spans, labels_of, plain, score
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from release.export import ENCODER_FILE, HEADS_FILE, export
-from tasks_multitask import SEQUENCE, TOKEN
+from tasks_multitask import TOKEN
 from weights_multitask import WeightsError
 
 Rows = tuple[list[Any], list[Any]]  # texts and their labels
-TRAINED_ALONE = ("unsaid", "passage_rows", "rewrites", "loss_weight", "class_weights", "focal_gamma")  # not used here
 
 
 # Reading
@@ -94,62 +85,6 @@ def _labels(values: list[Any]) -> list[Any]:
     if all(isinstance(x, int) and not isinstance(x, bool) for x in given):
         return [None if x is None else str(x) for x in values]
     return values
-
-
-def read_split(task: TaskRecipe, split: str, seed: int) -> tuple[Rows, list[str]]:
-    """Returns the texts and labels of a split of a recipe's task, by name, and the task's labels."""
-    texts: list[str] = []
-    found: list[Any] = []
-    names: list[str] = []
-    for key, part in task.parts("").items():
-        data, where = load_task_split(part, split), f"{part.dataset}{key}, split {split}"
-        if part.limit is not None and split == "train":
-            data = data.shuffle(seed=seed).select(range(min(part.limit, len(data))))
-        names = task_labels(part, data)
-        if part.kind == TOKEN:
-            rows = tagged_rows(part, data, names, where)
-            texts += [" ".join(tokens) for tokens, _ in rows]
-            found += [tag_spans(tokens, tags) for tokens, tags in rows]
-        else:
-            to_label = label_reader(part, data, names, where)
-            texts += data[part.text_columns[0]][:]
-            found += [_by_name(part, to_label(x, f"{where}, row {i}"), names) for i, x in enumerate(data[part.label_column])]
-    if task.kind == TOKEN:
-        names = list(dict.fromkeys(x[2:] for x in names if x != "O"))
-    return (texts, found), names
-
-
-def _by_name(task: TaskRecipe, value: Any, names: list[str]) -> Any:
-    """Returns a label as `label_reader` gives it the way `add_task` takes it; None if it is missing."""
-    if not isinstance(value, list):
-        return None if value < 0 else names[value]
-    if task.head.get("problem_type") == "regression":
-        return value[0]
-    return None if min(value) < 0 else [name for name, x in zip(names, value, strict=True) if x]
-
-
-def tag_spans(tokens: list[str], tags: Iterable[str | None]) -> list[tuple[int, int, str]]:
-    """Returns the entities of BIO tags in the text of tokens joined by spaces, as (start, end, type)."""
-    spans = token_spans(tokens)
-    found = get_entities([tag or "O" for tag in tags])
-    return [(spans[first][0], spans[last][1], kind) for kind, first, last in found]
-
-
-def new_task(recipe: Recipe) -> tuple[str, TaskRecipe]:
-    """Returns the name and the recipe of the one task that is to be added.
-
-    Raises:
-        RecipeError: There are several, it has no head, or sets what adding a task does not use.
-    """
-    if len(recipe.tasks) != 1:
-        raise RecipeError(f"the recipe has the tasks {', '.join(recipe.tasks)}; one is added at a time: leave one in")
-    ((name, task),) = recipe.tasks.items()
-    if not task.has_head:
-        raise RecipeError(f"tasks.{name}.kind is {task.kind!r}, which trains the embedding; allowed: {SEQUENCE}, {TOKEN}")
-    default = TaskRecipe(kind=task.kind)
-    if unused := [key for key in TRAINED_ALONE if getattr(task, key) != getattr(default, key)]:
-        raise RecipeError(f"tasks.{name} sets {', '.join(unused)}, which training.train uses; leave them out here")
-    return name, task
 
 
 # Writing
@@ -221,21 +156,6 @@ def _answer(kind: str, name: str, record: dict[str, Any]) -> Any:
     return next(iter(answer["values"].values())) if kind == NUMBER else answer[kind]
 
 
-def add_recipe_task(pipe: MultiTaskPipeline, recipe: Recipe) -> Report:
-    """Adds a recipe's one task to a pipeline's model and returns the report, with `test` if there is another split."""
-    name, task = new_task(recipe)
-    head = {key: x for key, x in task.head.items() if key != "problem_type"}
-    if task.kind == TOKEN:
-        head["epochs"] = int(task.epochs)
-    rows, names = read_split(task, "train", recipe.run.seed)
-    report = pipe.add_task(name, *rows, labels=names, seed=recipe.run.seed, **head)
-    splits = [x for x in ("test", "validation") if all(has_split(part, x) for part in task.parts(name).values())]
-    if splits:
-        measured = measure_task(pipe, name, *read_split(task, splits[0], recipe.run.seed)[0])
-        report["test"] = {**measured, "split": splits[0]}
-    return report
-
-
 def summary(report: Report) -> str:
     """Returns what the command says of a new task."""
     left = f", {report['left_out']:,} left out" if report["left_out"] else ""
@@ -246,9 +166,7 @@ def summary(report: Report) -> str:
     if report["score"] is not None:
         lines.append(f"{report['metric']} {report['score']:.3f} on {report['held_out']:,} held-out rows")
     if test := report.get("test"):
-        lines.append(
-            f"{test['metric']} {test['score']:.3f} on {test['rows']:,} rows of the {test.get('split', 'test')} split"
-        )
+        lines.append(f"{test['metric']} {test['score']:.3f} on {test['rows']:,} rows of the test split")
     pairs = (test or report).get("confusions", [])
     lines += [f"  {count}× {truth!r} taken for {answer!r}" for truth, answer, count in pairs]
     return "\n".join(lines)
@@ -258,19 +176,12 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line says."""
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists and is not empty; give a new folder.")
-    if args.recipe is None and not (args.data and args.text_column and args.label_column):
-        raise ValueError("Give --data FILE with --text-column and --label-column, or a recipe.")
-    recipe = None if args.recipe is None else Recipe.read(args.recipe, args.data, overrides=args.set)
-    source = local_folder(args.model)
+    columns, source = (args.text_column, args.label_column), local_folder(args.model)
+    rows, test = read_file(args.data, *columns), args.test and read_file(args.test, *columns)
     pipe = load(source)
-    if recipe is not None:
-        report = add_recipe_task(pipe, recipe)
-    else:
-        columns = (args.text_column, args.label_column)
-        rows, test = read_file(args.data, *columns), args.test and read_file(args.test, *columns)
-        report = pipe.add_task(args.name or args.label_column, *rows, seed=args.seed)
-        if test:
-            report["test"] = measure_task(pipe, report["task"], *test)
+    report = pipe.add_task(args.name or args.label_column, *rows, seed=args.seed)
+    if test:
+        report["test"] = measure_task(pipe, report["task"], *test)
     print(summary(report))
     write_model(pipe, source, args.output)
     print(f"{args.output} holds the model with its new task")
@@ -279,17 +190,13 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="release folder, checkpoint folder or Hub id")
-    parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--data", type=Path, help="csv, jsonl or parquet file; with a recipe, the folder of its data sets")
-    parser.add_argument("--text-column", help="column of the texts")
-    parser.add_argument("--label-column", help="column of the labels")
+    parser.add_argument("--data", type=Path, required=True, help="a csv, jsonl or parquet file")
+    parser.add_argument("--text-column", required=True, help="column of the texts")
+    parser.add_argument("--label-column", required=True, help="column of the labels")
     parser.add_argument("--name", help="name of the task; by default that of the label column")
     parser.add_argument("--test", type=Path, help="file with the same columns to measure the task on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting of the recipe"
-    )
     try:
         run(parser.parse_args())
     except (WeightsError, ValueError, OSError) as error:
