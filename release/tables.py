@@ -454,6 +454,7 @@ RENDERERS: dict[str, Callable[[Path], str | None]] = {
     "rivals": _of("rivals", rivals_table),
     "specification": specification_table,
     "speed": _of("benchmarks", speed_table),
+    "speed-avx2": _of("benchmarks_avx2", speed_table),
     "starts": _of("starts", starts_table),
     "training": _of("training", training_text),
 }
