@@ -27,9 +27,9 @@ from tokenizers import Encoding, Tokenizer
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
-        from .tasks_multitask import CASINGS, TOKEN, TaskSpec, is_number
+        from .tasks_multitask import CASINGS, TOKEN, TaskSpec, is_number, require
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from tasks_multitask import CASINGS, TOKEN, TaskSpec, is_number
+    from tasks_multitask import CASINGS, TOKEN, TaskSpec, is_number, require
 
 Span = tuple[int, int]
 Record = dict[str, Any]
@@ -37,9 +37,7 @@ Item = TypeVar("Item")
 # A chunk of texts is sorted by length and computed before the next is read: this bounds the memory of a stream.
 CHUNK_TEXTS = 1024
 CHUNK_CHARACTERS = 1_000_000
-# Token budget of one batch. Small batches stay in a CPU's caches; a GPU wants to be filled.
-CPU_BATCH_TOKENS = 1024
-GPU_BATCH_TOKENS = 16384
+CPU_BATCH_TOKENS = 1024  # token budget of one batch: small batches stay in a CPU's caches
 # No language writes more marks on one character; a text that does must not take the square of its length.
 MOST_MARKS = 30
 # Where `python -m release.onnx` writes the model, by the name of the backend that runs it.
@@ -281,34 +279,38 @@ class ExportedModel:
 
     def __init__(self, source: str | Path, hub: dict[str, Any]) -> None:
         self.name_or_path, self.hub_options = str(source), hub
-        fields = self.read("config.json")
-        tasks, rows = fields.get("tasks"), fields.get("vocab_size")
-        if not isinstance(tasks, dict) or type(rows) is not int:
-            raise ValueError(
-                f"{source}: config.json needs the object tasks and the integer vocab_size; it has {tasks!r}, {rows!r}."
-            )
-        specs = {name: TaskSpec.from_dict(name, spec) for name, spec in tasks.items()}
-        width = fields.get("hidden_size", fields.get("dim"))
+        fields: Any = self.read("config.json")  # nothing is known of its fields yet
+        tasks, rows, layers = fields.get("tasks"), fields.get("vocab_size"), fields.get("num_task_layers", 0)
+        limit: Any = self.read("tokenizer_config.json").get("model_max_length")
+        try:
+            require(isinstance(tasks, dict), "tasks", tasks, "an object that maps task names to their fields")
+            require(type(rows) is int and rows > 0, "vocab_size", rows, "a positive integer")
+            require(type(layers) is int and layers >= 0, "num_task_layers", layers, "an integer from 0")
+            require(is_number(limit) and limit > 0, "model_max_length of tokenizer_config.json", limit, "a positive number")
+            specs = {name: TaskSpec.from_dict(name, spec) for name, spec in tasks.items()}
+        except ValueError as error:
+            raise ValueError(f"{source}: config.json: {error}") from error
         self.config = SimpleNamespace(
-            tasks=tasks, task_specs=specs, vocab_size=rows, hidden_size=width, embedding_dim=fields.get("embedding_dim"),
-            num_task_layers=fields.get("num_task_layers", 0),
+            tasks=tasks, task_specs=specs, num_task_layers=layers, vocab_size=rows, embedding_dim=fields.get("embedding_dim"),
+            hidden_size=fields.get("hidden_size", fields.get("dim")),
         )  # fmt: skip
-        limits = [self.read("tokenizer_config.json").get("model_max_length"), fields.get("max_position_embeddings")]
-        self.max_length = min(int(limit) for limit in limits if limit is not None)
+        self.max_length = int(min(limit, fields.get("max_position_embeddings", limit)))
 
     def read(self, file: str) -> dict[str, Any]:
-        """Returns the object that a JSON file of the repository holds."""
+        """Returns the object that a JSON file of the repository holds; raises a ValueError if there is none."""
         path = locate(self.name_or_path, file, self.hub_options)
         try:
-            fields = json.loads(Path(path or Path(self.name_or_path, file)).read_text("utf-8"))
+            fields = None if path is None else json.loads(Path(path).read_text("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{self.name_or_path} holds no readable {file}: {error}") from error
-        return fields if isinstance(fields, dict) else {}
+            raise ValueError(f"{self.name_or_path}: {file} is no JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{self.name_or_path} holds no {file} with a JSON object. Fetch the folder again.")
+        return fields
 
 
-def label_order(tasks: Mapping[str, Any]) -> str:
-    """Returns the labels of each task as a line of JSON: what an export and a configuration must agree on."""
-    return json.dumps({name: list(spec["labels"]) for name, spec in tasks.items()})
+def label_order(tasks: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Returns the labels of each task, in their order: what an export and a configuration must agree on."""
+    return {name: list(spec["labels"]) for name, spec in tasks.items()}
 
 
 class OnnxModel:
@@ -319,10 +321,11 @@ class OnnxModel:
         backend: One of `ONNX_FILES`.
 
     Raises:
-        ValueError: onnxruntime is not installed, or the repository holds no export.
+        ValueError: `backend` is another one, onnxruntime is not installed, or the repository holds no export.
     """
 
     def __init__(self, model: Any, backend: str) -> None:
+        require(backend in ONNX_FILES, "backend", backend, " or ".join(ONNX_FILES))
         try:  # in a `try`, or transformers takes it for something that this file cannot do without
             import onnxruntime
         except ImportError as error:
@@ -355,10 +358,12 @@ class OnnxModel:
                 path, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW_FUSIONS
             )
             stored = session.get_modelmeta().custom_metadata_map
-            digest = stored.get("weights_sha256")
-            if digest and digest != hashlib.sha256(Path(whole).read_bytes()).hexdigest():
-                raise ValueError(f"{path} is of another export than {whole}; export both again: python -m release.onnx")
-            labels, expected = json.loads(stored.get("labels", "{}")), json.loads(label_order(self.tasks))
+            if digest := stored.get("weights_sha256"):
+                with open(whole, "rb") as file:
+                    is_same = digest == hashlib.file_digest(file, "sha256").hexdigest()
+                if not is_same:
+                    raise ValueError(f"{path} is of another export than {whole}; export both again: python -m release.onnx")
+            labels, expected = json.loads(stored.get("labels", "{}")), label_order(self.tasks)
             if any(labels.get(name, expected[name]) != expected[name] for name in expected):
                 raise ValueError(
                     f"{path} has the labels {labels}, config.json {expected}; export again: python -m release.onnx"
@@ -429,7 +434,7 @@ class Annotator:
                 f"The tokenizer has {size} tokens and the encoder's vocab_size is {rows}: it is not this model's tokenizer, or "
                 "tokenizer.json is missing from the model's folder. Fetch the folder again."
             )
-        # A copy: a tokenizer that others share cannot be set up anew while one of their threads is using it.
+        # A copy: a shared tokenizer cannot be reconfigured while another thread is using it.
         self.tokenizer = copy.deepcopy(self.tokenizer)
         self.tokenizer.enable_truncation(self.max_length, stride=self.max_length // 4)
         self.tokenizer.no_padding()
@@ -462,13 +467,20 @@ class Annotator:
     def stream(
         self,
         texts: Iterable[str],
-        tasks: list[str] | None = None,
+        tasks: Iterable[str] | None = None,
         embedding: bool | str = True,
         batch_tokens: int | None = None,
         min_score: float = 0.0,
     ) -> Iterator[Record]:
-        """Yields a record for each text; the options are those of `MultiTaskPipeline`, already checked."""
-        names = list(self.model.config.tasks) if tasks is None else tasks
+        """Yields a record for each text; the options are those of `MultiTaskPipeline.__call__`.
+
+        Raises:
+            ValueError: An option or an item is not allowed, or `texts` is a single text; the message names it.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"texts is the text {reprlib.repr(texts)}; allowed: an iterable of texts, such as [text].")
+        known = list(self.model.config.tasks)
+        names = checked_options(known, tasks, embedding, batch_tokens, min_score).get("tasks", known)
         for chunk in text_chunks(texts):
             distinct = list(dict.fromkeys(chunk))  # the same text is computed once
             by_text = self.read(distinct, names, VECTORS[embedding], batch_tokens)

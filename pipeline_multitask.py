@@ -15,27 +15,11 @@ from transformers.dynamic_module_utils import custom_object_save
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
-        from .annotator_multitask import (
-            BACKENDS,
-            CPU_BATCH_TOKENS,
-            GPU_BATCH_TOKENS,
-            Annotator,
-            OnnxModel,
-            checked_options,
-            checked_text,
-            text_problem,
-        )  # fmt: skip
+        from .annotator_multitask import BACKENDS, Annotator, OnnxModel, checked_options, checked_text, text_problem
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from annotator_multitask import (
-        BACKENDS,
-        CPU_BATCH_TOKENS,
-        GPU_BATCH_TOKENS,
-        Annotator,
-        OnnxModel,
-        checked_options,
-        checked_text,
-        text_problem,
-    )  # fmt: skip
+    from annotator_multitask import BACKENDS, Annotator, OnnxModel, checked_options, checked_text, text_problem
+
+GPU_BATCH_TOKENS = 16384  # token budget of one batch: a GPU wants to be filled
 
 
 @torch.inference_mode()
@@ -70,9 +54,8 @@ def make_annotator(model: Any, tokenizer: Any, device: torch.device, backend: st
         raise ValueError(f"The multitask pipeline needs a fast tokenizer, and got {type(tokenizer).__name__}.")
     max_length = min(limit for limit in (tokenizer.model_max_length, model.max_length) if limit is not None)
     forward: Any = partial(run_torch, model.eval(), device) if backend == "torch" else OnnxModel(model, backend)
-    batch_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
-    backend_tokenizer, pad_token_id = tokenizer.backend_tokenizer, tokenizer.pad_token_id or 0
-    return Annotator(model, backend_tokenizer, max_length, pad_token_id, forward, backend, batch_tokens)
+    budget = {} if device.type == "cpu" else {"batch_tokens": GPU_BATCH_TOKENS}
+    return Annotator(model, tokenizer.backend_tokenizer, max_length, tokenizer.pad_token_id or 0, forward, backend, **budget)
 
 
 class MultiTaskPipeline(Pipeline):

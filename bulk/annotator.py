@@ -86,8 +86,7 @@ def _exported(settings: Settings) -> Core:
 
 def _loaded(settings: Settings) -> Core:
     """Returns an annotator that runs on PyTorch."""
-    # oneDNN keeps a kernel for each shape of a batch, 1,024 by default: in a long file, 40 MB that fill bit by bit. Fewer are
-    # as fast.
+    # oneDNN keeps a kernel for each shape of a batch, 1,024 by default: memory that a long file fills bit by bit.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     import torch
     from transformers import pipeline

@@ -120,7 +120,7 @@ def write_graph(graph: Graph, path: Path) -> None:
         value.const_value = onnx_ir.tensor(np.zeros((1, 1), dtype=np.int64), name=value.name)
         program.model.graph.register_initializer(value)
     ClearMetadataAndDocStringPass()(program.model)  # it names this machine's folders
-    program.model.metadata_props["labels"] = label_order(graph.model.config.tasks)
+    program.model.metadata_props["labels"] = json.dumps(label_order(graph.model.config.tasks))
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx_ir.save(program.model, path)
 

@@ -348,14 +348,12 @@ def _start_rows(ways: dict[str, Any]) -> list[list[str]]:
     if not {"three models", "torch", "onnx-int8"} <= set(ways):
         return []
     three, torch, int8 = (ways[name] for name in ("three models", "torch", "onnx-int8"))
-    rows = [("memory, PyTorch", "peak_bytes", torch), ("memory, 8 bits", "peak_bytes", int8)]
-    rows.append(("one text from the shell, 8 bits", "seconds", int8))
-    units = {"peak_bytes": (1e6, ",.0f", "MB"), "seconds": (1, ".1f", "s")}
-    shown = []
-    for title, key, way in rows:
-        unit, form, name = units[key]
-        shown.append([title, f"{three[key] / unit:{form}} {name}", f"**{way[key] / unit:{form}} {name}**"])
-    return shown
+    megabytes = [f"{way['peak_bytes'] / 1e6:,.0f} MB" for way in (three, torch, int8)]
+    return [
+        ["memory, PyTorch", megabytes[0], f"**{megabytes[1]}**"],
+        ["memory, 8 bits", megabytes[0], f"**{megabytes[2]}**"],
+        ["one text from the shell, 8 bits", f"{three['seconds']:.1f} s", f"**{int8['seconds']:.1f} s**"],
+    ]
 
 
 def _speed_rows(found: dict[str, Any]) -> list[list[str]]:

@@ -126,16 +126,27 @@ def test_a_file_that_is_missing_or_no_object_is_named(copied):
     for name, content, message in (
         ("onnx/model.onnx", None, r"holds no onnx/model\.onnx\. Write it with: python -m release\.onnx"),
         ("tokenizer.json", None, r"holds no tokenizer\.json"),
-        ("tokenizer_config.json", "[", r"holds no readable tokenizer_config\.json"),
-        ("config.json", "[]", "needs the object tasks and the integer vocab_size"),
-        ("config.json", None, r"holds no readable config\.json"),
+        ("tokenizer_config.json", "[", r"tokenizer_config\.json is no JSON"),
+        ("config.json", "[]", r"holds no config\.json with a JSON object"),
+        ("config.json", "{}", r"config\.json: tasks is None; allowed: an object"),
+        ("config.json", None, r"holds no config\.json"),
     ):
         before = (copied / name).read_bytes()
         (copied / name).unlink() if content is None else (copied / name).write_text(content)
         with pytest.raises(ValueError, match=message):
             Annotator.from_export(copied, "onnx")
         (copied / name).write_bytes(before)
-    Annotator.from_export(copied, "onnx")
+    annotator = Annotator.from_export(copied, "onnx")
+    for options, message in (
+        ({"texts": "a"}, r"texts is the text 'a'; allowed: an iterable of texts"),
+        ({"tasks": ["nothing"]}, r"tasks holds \['nothing'\]"),
+        ({"embedding": "both"}, "embedding is 'both'"),
+        ({"min_score": 2}, "min_score is 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(annotator.stream(**{"texts": TEXTS, **options}))
+    with pytest.raises(ValueError, match="backend is 'torch'; allowed: onnx or onnx-int8"):
+        Annotator.from_export(copied, "torch")
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(copied):
