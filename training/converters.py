@@ -1,7 +1,7 @@
 """Original files of data sets, turned into rows: one function per format, listed in `CONVERTERS`.
 
-A converter takes the files of a source by their names in sources.toml, and the source's options. It returns the rows of each
-split ("train", "validation", "test"), with names for labels. What a file should not hold raises `SourceError`, which names the
+A converter takes the files of a source by their names in sources.toml, and the source's options. It yields each row, with names
+for labels, after its split ("train", "validation", "test"). What a file should not hold raises `SourceError`, which names the
 file, the row (counted from 1, as editors count lines) and the field.
 """
 
@@ -13,13 +13,15 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 Row = dict[str, Any]
 Files = dict[str, Path]
-Splits = dict[str, list[Row]]
+Rows = Iterator[tuple[str, Row]]  # each after the name of its split
 
 # Words that may occur inside a name, between two proper nouns.
 CONNECTORS = {"and", "of", "the", "in", "at", "on", "de", "for", "&", "-", "@", "'s", "’s"}
@@ -32,11 +34,7 @@ class SourceError(ValueError):
 
 
 def text_of(path: Path) -> str:
-    """Returns what a text file holds.
-
-    Raises:
-        SourceError: It is not UTF-8.
-    """
+    """Returns what a text file in UTF-8 holds."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -49,11 +47,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """Returns what a JSON file holds: a `list` or a `dict`.
-
-    Raises:
-        SourceError: The file is not JSON, or holds something else.
-    """
+    """Returns what a JSON file holds, which must be a `list` or a `dict`."""
     try:
         found = json.loads(text_of(path))
     except json.JSONDecodeError as error:
@@ -74,11 +68,7 @@ def row_key(text: str) -> str:
 
 
 def number(value: str, where: str) -> float:
-    """Returns a field as a number.
-
-    Raises:
-        SourceError: It is none.
-    """
+    """Returns a field, which must be a number; `where` names it in the error."""
     try:
         return float(value)
     except ValueError:
@@ -86,11 +76,7 @@ def number(value: str, where: str) -> float:
 
 
 def lookup(mapping: dict[str, Any], value: Any, where: str) -> Any:
-    """Returns what a value of the original stands for.
-
-    Raises:
-        SourceError: The mapping has no such value.
-    """
+    """Returns what a value of the original stands for; the mapping must have it."""
     if value not in mapping:
         raise SourceError(f"{where}: {value!r} is none of {', '.join(map(str, mapping))}.")
     return mapping[value]
@@ -114,8 +100,8 @@ def to_bio(kinds: list[str | None], starts: set[int]) -> list[str]:
 # Named entities
 
 
-def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains: bool = False) -> Splits:
-    """Returns the sentences of files with one token a line and blank lines between sentences: CoNLL, IOB2.
+def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains: bool = False) -> Rows:
+    """Yields the sentences of files with one token a line and blank lines between sentences: CoNLL, IOB2.
 
     Args:
         files: Named "train", or "train/politics" for the domain "politics".
@@ -124,7 +110,6 @@ def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains
         mapping: The kinds of entities, and what each becomes; "O" is not an entity.
         domains: Whether rows have a `domain`.
     """
-    splits: Splits = {}
     for name, path in files.items():
         split, _, domain = name.partition("/")
         for _, lines in blocks(path):
@@ -135,10 +120,7 @@ def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains
                     raise SourceError(f"{place}: {len(cells)} columns; there must be at least {max(token, tag) + 1}.")
             tags = bio_tags([cells[tag] for cells in rows], mapping, [f"{place}, column {tag + 1}" for place in places])
             words = [cells[token] for cells in rows]
-            splits.setdefault(split, []).append(
-                {"tokens": words, "ner_tags": tags, **({"domain": domain} if domains else {})}
-            )
-    return splits
+            yield split, {"tokens": words, "ner_tags": tags, **({"domain": domain} if domains else {})}
 
 
 def blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
@@ -167,22 +149,13 @@ def bio_tags(tags: list[str], mapping: dict[str, str], places: list[str]) -> lis
     return to_bio(kinds, {index for index, tag in enumerate(tags) if tag.startswith("B-")})
 
 
-def docred(files: Files, mapping: dict[str, str], splits: dict[str, list[str]]) -> Splits:
-    """Returns the sentences of Re-DocRED's documents; `splits` names those of the file "train" that are for validation."""
-    rows = {
-        name: [row for document in read_json(path, list) for row in document_rows(document, path.name, mapping)]
-        for name, path in files.items()
-    }
-    return hold_out(rows["train"], rows["test"], splits["validation"])
-
-
-def hold_out(rows: list[Row], test: list[Row], keys: list[str]) -> Splits:
-    """Returns all splits: the rows whose text or tokens have one of the keys (`row_key`) are for validation."""
-    listed, found = set(keys), {"train": [], "validation": [], "test": test}
-    for row in rows:
-        text = row["text"] if "text" in row else " ".join(row["tokens"])
-        found["validation" if row_key(text) in listed else "train"].append(row)
-    return found
+def docred(files: Files, mapping: dict[str, str], splits: dict[str, list[str]]) -> Rows:
+    """Yields the sentences of Re-DocRED's documents; `splits` names those of the file "train" that are for validation."""
+    for split, path in files.items():
+        for document in read_json(path, list):
+            for row in document_rows(document, path.name, mapping):
+                is_held_out = split == "train" and row_key(" ".join(row["tokens"])) in splits["validation"]
+                yield "validation" if is_held_out else split, row
 
 
 def document_rows(document: Any, file: str, mapping: dict[str, str]) -> list[Row]:
@@ -207,14 +180,13 @@ def document_rows(document: Any, file: str, mapping: dict[str, str]) -> list[Row
     ]
 
 
-def gum(files: Files, genres: list[str]) -> Splits:
-    """Returns the sentences of GUM's documents of some genres, with the names in them.
+def gum(files: Files, genres: list[str]) -> Rows:
+    """Yields the sentences of GUM's documents of some genres, with the names in them.
 
     GUM marks mentions ("the new president of France"), not names. A mention whose first head word is a proper noun has a
     name: the run of proper nouns around that word. Names of persons, organizations and places get their kind; others are MISC
     if GUM links them to a page of Wikipedia. Of nested names the longer mention's counts.
     """
-    splits: Splits = {}
     for split, path in files.items():
         domain, fields = "", []
         for comments, lines in blocks(path):
@@ -223,9 +195,7 @@ def gum(files: Files, genres: list[str]) -> Splits:
                 domain = value.split("_")[1] if name == "newdoc id" else domain
                 fields = value.split("-") if name == "global.Entity" else fields
             if domain in genres:
-                row = gum_row([line for _, line in lines], fields, path.name)
-                splits.setdefault(split, []).append({**row, "domain": domain})
-    return splits
+                yield split, {**gum_row([line for _, line in lines], fields, path.name), "domain": domain}
 
 
 def gum_row(block: list[str], fields: list[str], file: str) -> Row:
@@ -238,12 +208,14 @@ def gum_row(block: list[str], fields: list[str], file: str) -> Row:
     kinds: list[str | None] = [None] * len(words)
     starts = set()
     for start, end, mention in sorted(mentions_of([row[9] for row in cells], fields), key=lambda x: (x[0] - x[1], x[0])):
-        kind, first = gum_kind(mention), mention.get("minspan", "").split(",")[0]
-        head = start + int(first) - 1 if first.isdecimal() else -1
-        run = next((run for run in name_runs(words, is_name, start, end) if head in range(*run)), None)
-        if kind and run and is_name[head] and not any(kinds[slice(*run)]):
-            kinds[slice(*run)] = [kind] * (run[1] - run[0])
-            starts.add(run[0])
+        kind, place = gum_kind(mention), mention.get("minspan", "").split(",")[0]
+        head = start + int(place) - 1 if place.isdecimal() else -1
+        if not kind or not start <= head < end or not is_name[head]:
+            continue
+        first, last = name_around(head, words, is_name, start, end)
+        if not any(kinds[first:last]):
+            kinds[first:last] = [kind] * (last - first)
+            starts.add(first)
     return {"tokens": words, "ner_tags": to_bio(kinds, starts)}
 
 
@@ -262,18 +234,14 @@ def mentions_of(column: list[str], fields: list[str]) -> list[tuple[int, int, di
     return found
 
 
-def name_runs(words: list[str], is_name: list[bool], start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields first token and end of the runs of proper nouns between two places, with connectors inside."""
-    first = last = None
-    for index in range(start, end):
-        if is_name[index]:
-            first = index if first is None else first
-            last = index + 1
-        elif first is not None and words[index].lower() not in CONNECTORS:
-            yield first, last
-            first = None
-    if first is not None:
-        yield first, last
+def name_around(head: int, words: list[str], is_name: list[bool], start: int, end: int) -> tuple[int, int]:
+    """Returns first token and end of the run of proper nouns around one of them, with connectors inside, in a mention."""
+
+    def reached(places: range) -> list[int]:
+        run = takewhile(lambda i: is_name[i] or words[i].lower() in CONNECTORS, places)
+        return [i for i in run if is_name[i]]
+
+    return reached(range(head, start - 1, -1))[-1], reached(range(head, end))[-1] + 1
 
 
 def gum_kind(mention: dict[str, str]) -> str | None:
@@ -293,14 +261,13 @@ VADER_FILES = {
 }
 
 
-def vader(files: Files, splits: dict[str, list[str]]) -> Splits:
-    """Returns the snippets of VADER's archive, with the raters' mean as a share of 4 and cut at ±0.5 of 4.
+def vader(files: Files, splits: dict[str, list[str]]) -> Rows:
+    """Yields the snippets of VADER's archive, with the raters' mean as a share of 4 and cut at ±0.5 of 4.
 
     Of texts that have the same letters and digits, the first counts. `splits` names documents as "domain/number"; what it does
     not name is for training, but for movie snippets, most of which are left out.
     """
     place = {key: split for split, keys in splits.items() for key in keys}
-    found: Splits = {"train": [], "validation": [], "test": []}
     seen = set()
     for domain, file in VADER_FILES.items():
         for row, line in enumerate(read_archive(files["archive"], file), 1):
@@ -312,17 +279,12 @@ def vader(files: Files, splits: dict[str, list[str]]) -> Splits:
             split = place.get(key, None if domain == "movie" else "train")
             letters = re.sub(r"[^a-z0-9]+", "", text.lower())
             if split and letters not in seen:
-                found[split].append({"text": text, "label": cut(rating, -0.5, 0.5), "score": rating / 4, "domain": domain})
+                yield split, {"text": text, "label": cut(rating, -0.5, 0.5), "score": rating / 4, "domain": domain}
                 seen.add(letters)
-    return found
 
 
 def read_archive(path: Path, file: str) -> list[str]:
-    """Returns the lines of one file of a tar or zip archive, whatever its folder there.
-
-    Raises:
-        SourceError: The archive cannot be read, or holds no such file.
-    """
+    """Returns the lines of one file of a tar or zip archive, whatever its folder there."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -339,13 +301,11 @@ def read_archive(path: Path, file: str) -> list[str]:
     return lines_of(text)
 
 
-def emobank(files: Files) -> Splits:
-    """Returns the texts of EmoBank with at least two words, their valence cut at 2.7 and 3.3 of 5."""
-    genres = {
-        cells[0]: cells[2] for cells in (line.split("\t") for line in lines_of(text_of(files["genres"]))) if len(cells) > 2
-    }
+def emobank(files: Files) -> Rows:
+    """Yields the texts of EmoBank with at least two words, their valence cut at 2.7 and 3.3 of 5."""
+    documents = [line.split("\t") for line in lines_of(text_of(files["genres"]))]
+    genres = {cells[0]: cells[2] for cells in documents if len(cells) > 2}
     names = {"train": "train", "dev": "validation", "test": "test"}
-    found: Splits = {"train": [], "validation": [], "test": []}
     reader = csv.DictReader(io.StringIO(text_of(files["ratings"]), newline=""))
     for cells in reader:
         where = f"{files['ratings'].name}, row {reader.line_num}"
@@ -358,17 +318,18 @@ def emobank(files: Files) -> Splits:
             if cells["id"] not in genres:
                 raise SourceError(f"{where}, field id: {cells['id']!r} is not in {files['genres'].name}.")
             label, domain = cut(ratings[0], 2.7, 3.3), genres[cells["id"]]
-            found[split].append({"text": squeeze(cells["text"]), "label": label, **values, "domain": domain})
-    return found
+            yield split, {"text": squeeze(cells["text"]), "label": label, **values, "domain": domain}
 
 
-def newsmtsc(files: Files, splits: dict[str, list[str]]) -> Splits:
-    """Returns the sentences of NewsMTSC with the first of their targets; those whose targets differ in sentiment are left out.
+def newsmtsc(files: Files, splits: dict[str, list[str]]) -> Rows:
+    """Yields the sentences of NewsMTSC with the first of their targets; those whose targets differ in sentiment are left out.
 
     `splits` names the sentences of its training file that are for validation.
     """
-    train, test = (news_rows(files["archive"], file) for file in ("train.jsonl", "devtest_rw.jsonl"))
-    return hold_out(train, test, splits["validation"])
+    for row in news_rows(files["archive"], "train.jsonl"):
+        yield "validation" if row_key(row["text"]) in splits["validation"] else "train", row
+    for row in news_rows(files["archive"], "devtest_rw.jsonl"):
+        yield "test", row
 
 
 def news_rows(archive: Path, file: str) -> list[Row]:
@@ -379,10 +340,8 @@ def news_rows(archive: Path, file: str) -> list[Row]:
         where = f"{file}, row {row}"
         try:
             record = json.loads(line)
-            text, targets = (
-                squeeze(record["sentence_normalized"]),
-                [(x["polarity"], x["mention"]) for x in record["targets"]],
-            )
+            text = squeeze(record["sentence_normalized"])
+            targets = [(x["polarity"], x["mention"]) for x in record["targets"]]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise SourceError(f"{where}: no sentence_normalized with targets ({error!r}).") from error
         for polarity, mention in targets:
@@ -391,9 +350,8 @@ def news_rows(archive: Path, file: str) -> list[Row]:
     return [rows[0] for rows in by_text.values() if len({row["label"] for row in rows}) == 1]
 
 
-def goemotions(files: Files) -> Splits:
-    """Returns the comments of GoEmotions with the ids of all their labels; the files hold text, label ids and a comment id."""
-    splits: Splits = {}
+def goemotions(files: Files) -> Rows:
+    """Yields the comments of GoEmotions with the ids of all their labels; the files hold text, label ids and a comment id."""
     for split, path in files.items():
         for row, line in enumerate(lines_of(text_of(path)), 1):
             cells, where = line.split("\t"), f"{path.name}, row {row}"
@@ -401,31 +359,31 @@ def goemotions(files: Files) -> Splits:
                 raise SourceError(f"{where}: {len(cells)} columns; there must be 3: text, labels, id.")
             if not all(x.isdecimal() for x in cells[1].split(",")):
                 raise SourceError(f"{where}, column labels: {cells[1]!r}; expected ids separated by commas.")
-            splits.setdefault(split, []).append({"text": cells[0], "labels": [int(x) for x in cells[1].split(",")]})
-    return splits
+            yield split, {"text": cells[0], "labels": [int(x) for x in cells[1].split(",")]}
 
 
-def clinc(files: Files) -> Splits:
-    """Returns the questions of CLINC150 with their intents; those out of scope come last in each split."""
+def clinc(files: Files) -> Rows:
+    """Yields the questions of CLINC150 with their intents; those out of scope come last in each split."""
     (path,) = files.values()
     found, names = read_json(path, dict), {"train": "train", "validation": "val", "test": "test"}
-    splits: Splits = {}
     for split, part in names.items():
         for field in (part, f"oos_{part}"):
             pairs = found.get(field)
             if not isinstance(pairs, list) or not all(isinstance(x, list) and len(x) == 2 for x in pairs):
                 raise SourceError(f"{path.name}, field {field}: must be a list of pairs, text and intent.")
-            splits.setdefault(split, []).extend({"text": text, "label": label} for text, label in pairs)
+            for text, label in pairs:
+                yield split, {"text": text, "label": label}
+
+
+def by_split(converter: Callable[..., Rows], files: Files, **options: Any) -> dict[str, list[Row]]:
+    """Returns the rows of each split that a converter yields."""
+    splits: dict[str, list[Row]] = {}
+    for split, row in converter(files, **options):
+        splits.setdefault(split, []).append(row)
     return splits
 
 
-CONVERTERS: dict[str, Callable[..., Splits]] = {
-    "clinc": clinc,
-    "columns": columns,
-    "docred": docred,
-    "emobank": emobank,
-    "goemotions": goemotions,
-    "gum": gum,
-    "newsmtsc": newsmtsc,
-    "vader": vader,
+CONVERTERS: dict[str, Callable[..., dict[str, list[Row]]]] = {
+    converter.__name__: partial(by_split, converter)
+    for converter in (clinc, columns, docred, emobank, goemotions, gum, newsmtsc, vader)
 }
