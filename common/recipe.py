@@ -252,7 +252,7 @@ class RunRecipe:
         evaluations: How many times the validation splits are measured; the checkpoint with the best average is kept.
         validation_rows: Rows of each validation split that are measured then; left out: all.
         calibrate: Whether each head's temperature is fitted on the validation split at the end.
-        precision: "float32", "bfloat16" or "float16" (the latter two by autocast).
+        precision: "float32" or "bfloat16" (by autocast).
         save_steps: Steps between checkpoints.
     """
 
@@ -260,7 +260,7 @@ class RunRecipe:
     evaluations: Annotated[int, Field(ge=0)] = 0
     validation_rows: Count | None = None
     calibrate: bool = True
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     save_steps: Count = 500
 
 

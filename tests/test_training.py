@@ -17,7 +17,6 @@ from tests import fresh
 from tests.conftest import tiny_config, tiny_model, tiny_tokenizer
 from training import train
 from training.average import average
-from training.objectives import LossWeights
 from training.trainer import COMPLETE, GradientSurgery, TrainingError, newest_checkpoint
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -228,15 +227,6 @@ def test_labels_that_teach_nothing_are_refused(workshop, label, message):
     data.to_parquet(workshop.folder / "mood/train.parquet")
     with pytest.raises(ValueError, match=f"tasks.mood: all rows of the train split {message}"):
         workshop.train("mood")
-
-
-def test_gradients_of_loss_weights_are_cleared_even_if_the_step_is_skipped(workshop, monkeypatch):
-    """As float16 skips it after an overflow, which needs a GPU."""
-    weights = []
-    monkeypatch.setattr("training.objectives.LossWeights", lambda *x: weights.append(LossWeights(*x)) or weights[0])
-    monkeypatch.setattr("accelerate.optimizer.AcceleratedOptimizer.step", lambda *_: None)
-    workshop.train("mood", settings=("losses.weighting=uncertainty", "tasks.mood.epochs=1"))
-    assert all(x.grad is None for x in weights[0].parameters())
 
 
 # The run folder

@@ -41,7 +41,7 @@ from common.data import (
     text_ids,
 )
 from common.files import environment_info, write_json
-from common.recipe import GRADIENT_SURGERY, Recipe, RecipeError, TaskRecipe
+from common.recipe import Recipe, RecipeError, TaskRecipe
 from configuration_multitask import MultiTaskConfig
 from evaluation.calibrate import calibrate
 from evaluation.evaluate import average, measure
@@ -293,7 +293,6 @@ def new_trainer(recipe: Recipe, output: Path) -> tuple[MultiTaskTrainer, dict[st
         objective=objective,
         adapters=adapters,
         evaluator=lambda: validate(model, tokenizer, recipe),
-        surgery=recipe.losses.weighting == GRADIENT_SURGERY,
     )
     return trainer, facts
 

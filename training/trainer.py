@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from common.recipe import GRADIENT_SURGERY, Recipe, RecipeError
@@ -64,26 +64,12 @@ class GradientSurgery:
         self.gradients, self.touched = {}, set()
 
 
-class ClearGradients(TrainerCallback):
-    """Clears gradients that the Trainer, which knows the model's alone, does not; after a step that was skipped, too.
-
-    In float16, what overflowed would otherwise stay, and no step would ever be taken again.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.module.zero_grad()
-
-
 class MultiTaskTrainer(Trainer):
     """A Trainer whose every batch is of one task; several batches make a step, as gradient accumulation.
 
     Args:
         objective: Gives a batch's losses.
         evaluator: Returns the metrics of the validation splits, "average" among them.
-        surgery: Whether the gradients of a step's tasks are joined by `GradientSurgery`.
         adapters: What `training.freezing.freeze` returned; merged when the run is over.
     """
 
@@ -91,20 +77,20 @@ class MultiTaskTrainer(Trainer):
         self,
         *args: Any,
         objective: Objective,
-        evaluator: Callable[[], dict[str, float]] | None = None,
-        surgery: bool = False,
-        adapters: Any = None,
+        evaluator: Callable[[], dict[str, float]],
+        adapters: Any,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.objective, self.evaluator, self.adapters = objective, evaluator, adapters
         self.objective.loss_weights.to(self.args.device)
+        # The Trainer clears the model's gradients alone.
+        self.optimizer.register_step_post_hook(lambda *_: self.objective.loss_weights.zero_grad())
         self.reported: dict[str, list[float]] = defaultdict(list)  # each task's losses since the last report
         self.surgery = None
-        if surgery:
+        if objective.losses.weighting == GRADIENT_SURGERY:
             named = [(name, x) for name, x in self.model.named_parameters() if x.requires_grad]
             self.surgery = GradientSurgery([x for name, x in named if not name.startswith("heads.")])
-        self.add_callback(ClearGradients(self.objective.loss_weights))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
         """Returns the batch's loss.
@@ -221,7 +207,6 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         seed=run.seed,
         use_cpu=not torch.accelerator.is_available(),
         bf16=run.precision == "bfloat16",
-        fp16=run.precision == "float16",
         logging_steps=max(1, min(50, steps // 20)),
         logging_nan_inf_filter=False,
         eval_strategy="steps" if every else "no",
