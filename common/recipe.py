@@ -5,6 +5,7 @@ import json
 import re
 import tomllib
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -378,11 +379,8 @@ def describe(error: Any, kind: Any) -> str:
     if error["type"] == "missing":
         return f"{place} is missing"
     if error["type"] != "unexpected_keyword_argument":
-        return (
-            f"{place} is {error['input']!r}; {re.sub('^(Input|String) should', 'it must', error['msg'])}"
-            if place
-            else error["msg"]
-        )
+        wanted = re.sub("^(Input|String) should", "it must", error["msg"])
+        return f"{place} is {error['input']!r}; {wanted}" if place else wanted
     for step in loc[:-1]:
         is_section = dataclasses.is_dataclass(kind)
         kind = typing.get_type_hints(kind)[str(step)] if is_section else typing.get_args(kind)[-1]
@@ -392,54 +390,51 @@ def describe(error: Any, kind: Any) -> str:
     return f"{place} is unknown; known keys: {', '.join(known)}"
 
 
+def _found(*checks: tuple[object, str]) -> list[str]:
+    """Returns the messages of the checks that found something, each given as (finding, message)."""
+    return [message for finding, message in checks if finding]
+
+
 def _check_values(recipe: Recipe, data: Path | None) -> list[str]:
     """Returns a line for each value that has the right type and is still not allowed."""
-    problems = [] if recipe.tasks else ["tasks is empty; a run needs at least one task"]
+    problems = _found((not recipe.tasks, "tasks is empty; a run needs at least one task"))
     for name, task in recipe.tasks.items():
-        found = _datasets_problems(task) if task.datasets else _dataset_problems(task)
-        problems += [f"tasks.{name}.{problem}" for problem in found + _head_problems(task)]
+        check = _datasets_problems if task.datasets else _dataset_problems
+        problems += [f"tasks.{name}.{x}" for x in check(task, data is not None) + _head_problems(task)]
         if name in ("loss", "drift"):
             problems.append(f"tasks has the task name {name!r}, under which training reports something else")
         try:
             check_task_name(name)
         except ValueError as error:
             problems.append(str(error))
-    unknown = [] if data is None else [key for key, part in recipe.parts.items() if part.folder is None]
-    problems += [
-        f"tasks.{key.replace('/', '.datasets.')}.folder is missing; --data needs the folder's name" for key in unknown
-    ]
     return problems + _contradictions(recipe)
 
 
-def _dataset_problems(task: TaskRecipe) -> list[str]:
+def _dataset_problems(task: TaskRecipe, needs_folder: bool) -> list[str]:
     """Returns what is wrong with a task's only data set, or one of them as `TaskRecipe.parts` gives it."""
+    rows, needed = task.passage_rows, 1 if task.has_head else 2
     if not task.dataset:
         return ["dataset is missing; name one, or several under `datasets`"]
-    problems = []
-    if len(task.text_columns) != (needed := 1 if task.has_head else 2):
-        problems.append(f"text_columns is {task.text_columns}; a {task.kind} task needs {needed}")
-    if not task.label_column:
-        problems.append("label_column is missing; name the column of labels, tags or scores")
-    if task.passage_rows > 1 and task.kind != TOKEN:
-        problems.append(f"passage_rows is {task.passage_rows}; only {TOKEN} tasks join their rows")
-    return problems + _mapping_problems(task)
+    return _mapping_problems(task) + _found(
+        (len(task.text_columns) != needed, f"text_columns is {task.text_columns}; a {task.kind} task needs {needed}"),
+        (not task.label_column, "label_column is missing; name the column of labels, tags or scores"),
+        (rows > 1 and task.kind != TOKEN, f"passage_rows is {rows}; only {TOKEN} tasks join their rows"),
+        (needs_folder and task.folder is None, "folder is missing; --data needs the folder's name"),
+    )
 
 
-def _datasets_problems(task: TaskRecipe) -> list[str]:
+def _datasets_problems(task: TaskRecipe, needs_folder: bool) -> list[str]:
     single, default = [x.name for x in dataclasses.fields(DatasetRecipe)], TaskRecipe(kind=task.kind)
     given = [key for key in single if getattr(task, key) != getattr(default, key)]
-    problems = [f"{key} is given beside datasets; give it for each data set" for key in given]
-    if not task.has_head:
-        problems.append(f"datasets is given; a {task.kind} task has a single data set")
-    if task.labels is None and task.head.get("problem_type") != "regression":
-        problems.append("labels is missing; a task with several data sets names its own labels")
-    places = [x.dataset for x in task.datasets.values()]
-    problems += [
-        f"datasets names {place!r} {places.count(place)} times" for place in sorted(set(places)) if places.count(place) > 1
-    ]
-    for key, part in task.parts("").items():
-        problems += [f"datasets.{key[1:]}.{x}" for x in _dataset_problems(part)]
-    return problems
+    is_unnamed = task.labels is None and task.head.get("problem_type") != "regression"
+    counts = Counter(x.dataset for x in task.datasets.values())
+    problems = [f"{key} is given beside datasets; give it for each data set" for key in given] + _found(
+        (not task.has_head, f"datasets is given; a {task.kind} task has a single data set"),
+        (is_unnamed, "labels is missing; a task with several data sets names its own labels"),
+        *((count > 1, f"datasets names {place!r} {count} times") for place, count in sorted(counts.items())),
+    )
+    parts = task.parts("").items()
+    return problems + [f"datasets.{key[1:]}.{x}" for key, part in parts for x in _dataset_problems(part, needs_folder)]
 
 
 def label_names(task: TaskRecipe) -> list[str]:
@@ -472,74 +467,52 @@ def _mapping_problems(task: TaskRecipe) -> list[str]:
 def _head_problems(task: TaskRecipe) -> list[str]:
     """Returns what is wrong with the head's fields, and with the fields that only heads understand."""
     classifies = task.has_head and task.head.get("problem_type") != "regression"
-    problems = []
-    if task.rewrites and not task.has_head:
-        problems.append(f"rewrites is given; a {task.kind} task has none")
-    if (total := sum(task.rewrites.values())) > 1:
-        problems.append(f"rewrites adds up to {total:g}; shares of all texts are at most 1 together")
-    if not classifies and (task.class_weights != "none" or task.focal_gamma):
-        problems.append("class_weights and focal_gamma are for classification only")
-    if not task.has_head:
-        return problems + ([f"head is {task.head}; a {task.kind} task has no head"] if task.head else [])
-    if fixed := sorted({"kind", "labels", "loss_weight", "thresholds"} & set(task.head)):
-        return [
-            *problems,
-            f"head holds {fixed}; kind, labels and loss_weight belong to the task itself, and thresholds are fitted later",
-        ]
-    try:
-        TaskSpec.from_dict("head", {"labels": task.labels or ["O", "B-X"], **task.head, "kind": task.kind})
-    except ValueError as error:
-        problems.append(str(error).removeprefix("tasks."))
+    weighs, total = task.class_weights != "none" or task.focal_gamma, sum(task.rewrites.values())
+    fixed = sorted({"kind", "labels", "loss_weight", "thresholds"} & set(task.head)) if task.has_head else []
+    problems = _found(
+        (task.rewrites and not task.has_head, f"rewrites is given; a {task.kind} task has none"),
+        (total > 1, f"rewrites adds up to {total:g}; shares of all texts are at most 1 together"),
+        (weighs and not classifies, "class_weights and focal_gamma are for classification only"),
+        (task.head and not task.has_head, f"head is {task.head}; a {task.kind} task has no head"),
+        (fixed, f"head holds {fixed}; kind, labels and loss_weight belong to the task, and thresholds are fitted later"),
+    )
+    if task.has_head and not fixed:
+        try:
+            TaskSpec.from_dict("head", {"labels": task.labels or ["O", "B-X"], **task.head, "kind": task.kind})
+        except ValueError as error:
+            problems.append(str(error).removeprefix("tasks."))
     return problems
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
+    model, sampling, losses, freezing = recipe.model, recipe.sampling, recipe.losses, recipe.freezing
+    has_branch, layers = model.num_task_layers > 0, f"model.num_task_layers is {model.num_task_layers}"
+    is_frozen, by_layers = freezing.freeze == "encoder" and not has_branch, freezing.gradual or freezing.num_frozen_layers
     problems = []
-    sampling, freezing = recipe.sampling, recipe.freezing
     if sampling.mode == "epochs" and sampling.batches is not None:
         problems.append(f"sampling.batches is {sampling.batches}; in mode 'epochs' the tasks' epochs set the length")
-    if recipe.losses.weighting == GRADIENT_SURGERY and sampling.gradient_accumulation_steps < 2:
-        problems.append(
-            f"losses.weighting is {recipe.losses.weighting!r}; it needs sampling.gradient_accumulation_steps of at least 2"
-        )
-    frozen = freezing.freeze == "encoder" and not recipe.model.num_task_layers
-    if frozen and (freezing.lora_rank or freezing.gradual or freezing.num_frozen_layers):
+    if losses.weighting == GRADIENT_SURGERY and sampling.gradient_accumulation_steps < 2:
+        problems.append("losses.weighting is 'pcgrad'; it needs sampling.gradient_accumulation_steps of at least 2")
+    if is_frozen and (freezing.lora_rank or by_layers):
         problems.append("freezing.freeze is 'encoder'; lora_rank, gradual and num_frozen_layers then have no effect")
-    if freezing.lora_rank and (freezing.gradual or freezing.num_frozen_layers):
+    if freezing.lora_rank and by_layers:
         problems.append("freezing.lora_rank trains adapters alone; it cannot be combined with gradual or num_frozen_layers")
+    if has_branch and (freezing.freeze not in (None, "encoder") or freezing.num_frozen_layers):
+        problems.append(f"freezing.freeze is {freezing.freeze!r}; {layers}, which freezes the encoder whole: leave it out")
+    if has_branch and losses.preserve_weight:
+        problems.append(f"losses.preserve_weight is {losses.preserve_weight}; {layers}: the embedding cannot move")
+    for name in [name for name, task in recipe.tasks.items() if not task.has_head]:
+        if has_branch:
+            problems.append(f"tasks.{name} trains the embedding; {layers}, which freezes it")
+        elif model.embedding_dim is None and (is_frozen or freezing.linear_probe_ratio):
+            why = "and the encoder is frozen; without model.embedding_dim nothing is left"
+            problems.append(f"tasks.{name} trains the embedding alone, {why}")
+    for dim in model.matryoshka_dims:
+        if model.embedding_dim is not None and dim > model.embedding_dim:
+            problems.append(f"model.matryoshka_dims holds {dim}; allowed: 1 to {model.embedding_dim} dimensions")
     for i, group in enumerate(recipe.optimizer.groups):
         try:
             re.compile(group.pattern)
         except re.error as error:
             problems.append(f"optimizer.groups[{i}].pattern is {group.pattern!r}, not a valid regular expression: {error}")
-    problems += _branch_contradictions(recipe)
-    wide = recipe.model.embedding_dim
-    problems += [
-        f"model.matryoshka_dims holds {dim}; allowed: 1 to {wide} dimensions"
-        for dim in recipe.model.matryoshka_dims
-        if wide is not None and dim > wide
-    ]
-    if wide is None and not recipe.model.num_task_layers and (freezing.freeze == "encoder" or freezing.linear_probe_ratio):
-        problems += [
-            f"tasks.{name} trains the embedding alone, and the encoder is frozen; without model.embedding_dim nothing is left"
-            for name, task in recipe.tasks.items()
-            if not task.has_head
-        ]
-    return problems
-
-
-def _branch_contradictions(recipe: Recipe) -> list[str]:
-    """Returns what conflicts with the frozen encoder of a model with a task branch."""
-    if not recipe.model.num_task_layers:
-        return []
-    layers, freezing = f"model.num_task_layers is {recipe.model.num_task_layers}", recipe.freezing
-    problems = [
-        f"tasks.{name} trains the embedding; {layers}, which freezes it"
-        for name, x in recipe.tasks.items()
-        if not x.has_head
-    ]
-    if freezing.freeze not in (None, "encoder") or freezing.num_frozen_layers:
-        problems.append(f"freezing.freeze is {freezing.freeze!r}; {layers}, which freezes the encoder whole: leave it out")
-    if recipe.losses.preserve_weight:
-        problems.append(f"losses.preserve_weight is {recipe.losses.preserve_weight}; {layers}: the embedding cannot move")
     return problems
