@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -158,24 +158,36 @@ def source_labels(task: TaskRecipe, data: Dataset, labels: list[str]) -> list[st
     return declared if declared and set(declared) <= set(labels) else labels
 
 
-def label_map(task: TaskRecipe, source: list[str], labels: list[str], where: str) -> list[int]:
-    """Returns, for each of a data set's own labels, the number of the task's label, or -100 for none.
+def label_mapper(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> Callable[[Any, str], int]:
+    """Returns what turns a data set's label into the number of the task's, -100 for none or a missing one (None).
+
+    It takes the label, by number or by name, and its place, which its own DataError for an unknown label starts with.
 
     Raises:
         DataError: The mapping names a label that the data set has not, or leaves one out; all are listed.
     """
-    task = replace(task, labels=labels)
+    source, task = source_labels(task, data, labels), replace(task, labels=labels)
     entities = is_entities(task)
     parts = [(name[:2], name[2:]) if entities else ("", name) for name in source]  # prefix and type; "O" has no type
     mapping, types = task.mapping or {name: name for name in label_names(task)}, {kind for _, kind in parts if kind}
-    problems = [
-        f"mapping names {name!r}, which the data set has not" for name in sorted(set(mapping) - types) if task.mapping
-    ]
+    unknown = sorted(set(mapping) - types) if task.mapping else []
+    problems = [f"mapping names {name!r}, which the data set has not" for name in unknown]
     problems += [f"label {name!r} is mapped to nothing; add it to the mapping" for name in sorted(types - set(mapping))]
     if problems:
         raise DataError(f"{where}: {'; '.join(problems)}. The data set's labels are: {', '.join(sorted(types))}.")
     nothing = labels.index("O") if entities else IGNORE_INDEX
-    return [labels.index(prefix + mapping[x]) if x and mapping[x] != NO_LABEL else nothing for prefix, x in parts]
+    mapped = [labels.index(prefix + mapping[x]) if x and mapping[x] != NO_LABEL else nothing for prefix, x in parts]
+
+    def to_id(value: Any, place: str) -> int:
+        if value is None:
+            return IGNORE_INDEX
+        if isinstance(value, str) and value in source:
+            return mapped[source.index(value)]
+        if type(value) is int and 0 <= value < len(source):
+            return mapped[value]
+        raise DataError(f"{place}: label {value!r} is none of 0 … {len(source) - 1} ({', '.join(source)}).")
+
+    return to_id
 
 
 def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
@@ -202,28 +214,10 @@ def fold_unsaid(logits: Tensor, unsaid: list[int], outside: int | None) -> Tenso
     return folded
 
 
-def label_id(value: object, labels: list[str], where: str) -> int:
-    """Returns the number of a label given by number or by name; -100 for a missing one (None).
-
-    Raises:
-        DataError: There is no such label; the message starts with `where`.
-    """
-    if value is None:
-        return IGNORE_INDEX
-    if isinstance(value, str) and value in labels:
-        return labels.index(value)
-    if type(value) is int and 0 <= value < len(labels):
-        return value
-    raise DataError(f"{where}: label {value!r} is none of 0 … {len(labels) - 1} ({', '.join(labels)}).")
-
-
 def token_spans(tokens: list[str]) -> list[tuple[int, int]]:
     """Returns the character span of each token in `" ".join(tokens)`."""
-    spans, start = [], 0
-    for token in tokens:
-        spans.append((start, start + len(token)))
-        start += len(token) + 1
-    return spans
+    ends = accumulate(len(token) + 1 for token in tokens)  # with the blank behind each
+    return [(end - len(token) - 1, end - 1) for token, end in zip(tokens, ends, strict=True)]
 
 
 def word_tags(words: list[Span], spans: list[Span], tags: list[str | None]) -> list[str | None]:
@@ -317,12 +311,7 @@ def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
         return _score
     if problem == "regression":
         return lambda value, place: _numbers(value, labels, place)
-    source = source_labels(task, data, labels)
-    mapped = label_map(task, source, labels, where)
-
-    def to_id(value: Any, place: str) -> int:
-        found = label_id(value, source, place)
-        return IGNORE_INDEX if found == IGNORE_INDEX else mapped[found]
+    to_id = label_mapper(task, data, labels, where)
 
     def several(value: Any, place: str) -> list[float]:
         """Returns 1.0 for each label that is present, 0.0 for the others, and -100 for what is missing."""
@@ -386,9 +375,7 @@ def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) 
     Raises:
         DataError: A row holds no tokens and tags of equal number, or an unknown tag; the message names it.
     """
-    column, source = task.label_column, source_labels(task, data, labels)
-    mapped = label_map(task, source, labels, where)
-    rows = []
+    column, to_id, rows = task.label_column, label_mapper(task, data, labels, where), []
     for row, (tokens, tags) in enumerate(zip(data[task.text_columns[0]], data[column], strict=True)):
         if not isinstance(tokens, list) or not isinstance(tags, list) or not all(isinstance(x, str) for x in tokens):
             raise DataError(
@@ -396,9 +383,8 @@ def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) 
             )
         if len(tokens) != len(tags):
             raise DataError(f"{where}, row {row}: {len(tokens)} {task.text_columns[0]} but {len(tags)} {column}.")
-        ids = [label_id(tag, source, f"{where}, row {row}, column {column}, token {i}") for i, tag in enumerate(tags)]
-        names = [None if x == IGNORE_INDEX or mapped[x] == IGNORE_INDEX else labels[mapped[x]] for x in ids]
-        rows.append((list(tokens), names))
+        ids = [to_id(tag, f"{where}, row {row}, column {column}, token {i}") for i, tag in enumerate(tags)]
+        rows.append((tokens, [None if x == IGNORE_INDEX else labels[x] for x in ids]))
     return rows
 
 
