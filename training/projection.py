@@ -6,19 +6,17 @@ each prefix keeps the neighbours of the full vector: the cross-entropy between t
 the one over the prefix's similarities, within random batches. Each prefix learns a temperature of its own. The similarities of
 a prefix spread more than full ones; under a fixed temperature the fit makes up for that, and ends below the principal axes.
 
-The result file compares both on validation texts, none of which was fitted, and reports the test sets once.
+The result file compares both on validation texts, none of which was fitted; `evaluation.embedding` reports the test sets.
 Axes: N texts, H the encoder's dimensions, E the embedding's, P the longest prefix's, D any prefix's, B a batch.
 """
 
 import argparse
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.files import environment_info, write_json
-from evaluation.embedding import (
-    PAIR_SETS,
-    PROBE_SETS,
-    RETRIEVAL_SETS,
-    EncoderVectors,
-    View,
-    distinct_texts,
-    measure_embedding,
-    neighbour_measure,
-    pair_measure,
-    prefix_views,
-)
+from evaluation.embedding import EncoderVectors, View, distinct_texts, neighbour_measure, pair_measure, prefix_views
 
 # Train splits to fit on: sets that are open for any use, of several domains, none of which a test set comes from, but
 # WNUT-17: its train split is one of many.
@@ -101,27 +88,18 @@ def fit_projection(vectors: Tensor, settings: FitSettings = SETTINGS, seed: int 
         seed: Of the batches.
 
     Raises:
-        ValueError: There are fewer texts than dimensions, more dimensions than the encoder has, or `dims` does not fall.
+        ValueError: There are fewer texts than dimensions, or more dimensions than the encoder has.
     """
-    check_dims(vectors, settings.dims)
+    (texts, width), count = vectors.shape, settings.dims[0]
+    if count > width:
+        raise ValueError(f"dims starts with {count}; the encoder's vectors have {width} dimensions. Choose at most that.")
+    if count > texts:
+        raise ValueError(f"{texts} texts are too few to fit {count} dimensions; give at least as many, better 20,000.")
     unit = F.normalize(vectors.float(), dim=-1)
-    axes = principal_axes(unit, settings.dims[0])
-    if len(settings.dims) == 1:
-        return axes
-    rows = fit_prefixes(unit, unit @ axes.T, settings, torch.Generator().manual_seed(seed))
-    variances = (unit @ axes.T).double().square().mean(dim=0)
-    return torch.cat([rows, remaining_axes(rows, variances)]) @ axes
-
-
-def check_dims(vectors: Tensor, dims: Sequence[int]) -> None:
-    """Raises a ValueError if vectors, float [N, H], cannot be projected to these dimensions."""
-    texts, width = vectors.shape
-    if not dims or list(dims) != sorted(set(dims), reverse=True) or dims[-1] < 1:
-        raise ValueError(f"dims is {tuple(dims)}; give at least one, each smaller than the one before and above 0.")
-    if dims[0] > width:
-        raise ValueError(f"dims starts with {dims[0]}; the encoder's vectors have {width} dimensions. Choose at most that.")
-    if texts < dims[0]:
-        raise ValueError(f"{texts} texts are too few to fit {dims[0]} dimensions; give at least as many, better 20,000.")
+    axes = principal_axes(unit, count)
+    coordinates = unit @ axes.T  # [N, E]
+    rows = fit_prefixes(unit, coordinates, settings, torch.Generator().manual_seed(seed))
+    return torch.cat([rows, remaining_axes(rows, coordinates.double().square().mean(dim=0))]) @ axes
 
 
 def fit_prefixes(unit: Tensor, coordinates: Tensor, settings: FitSettings, generator: torch.Generator) -> Tensor:
@@ -200,45 +178,38 @@ def sample(texts: Sequence[str], count: int, seed: int) -> list[str]:
 
 def validation_figures(encode: EncoderVectors, data: Path, seed: int, views: dict[str, View]) -> dict[str, dict[str, float]]:
     """Returns, for each view, overlap@10 on each validation set and Spearman's correlation on STS-B's validation pairs."""
-
-    def encode_some(texts: Sequence[str]) -> np.ndarray:
-        return encode(sample(texts, VALIDATION_TEXTS, seed))
-
-    measures = {name: neighbour_measure(encode_some, data / name, "validation") for name in VALIDATION_SETS}
+    measures = {
+        name: neighbour_measure(lambda texts: encode(sample(texts, VALIDATION_TEXTS, seed)), data / name, "validation")
+        for name in VALIDATION_SETS
+    }
     measures["stsb_spearman"] = pair_measure(encode, data / VALIDATION_PAIRS, "validation")
     return {view: {name: next(iter(measure(f).values())) for name, measure in measures.items()} for view, f in views.items()}
 
 
 def check_data(data: Path) -> None:
     """Raises a FileNotFoundError that names every data set that is missing, before hours are spent on the others."""
-    needed = {*FIT_SETS, *VALIDATION_SETS, VALIDATION_PAIRS, *PAIR_SETS, *RETRIEVAL_SETS, *PROBE_SETS}
+    needed = {*FIT_SETS, *VALIDATION_SETS, VALIDATION_PAIRS}
     if missing := sorted(name for name in needed if not (data / name).is_dir()):
         raise FileNotFoundError(f"{data} lacks the data sets {', '.join(missing)}; give --data the folder that holds them.")
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, help="folder or Hub id of the frozen encoder")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file for linear.weight")
     parser.add_argument("--results", type=Path, default=Path("results/projection.json"), help="file for the figures")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_arguments()
+    args = parser.parse_args()
     check_data(args.data)
     encode = EncoderVectors(args.encoder)
     texts = [sample(distinct_texts(args.data / name, "train"), TEXTS_PER_SET, args.seed) for name in FIT_SETS]
     vectors = torch.from_numpy(encode(list(dict.fromkeys(chain(*texts)))))
-    encoded = time.monotonic()
     matrix = fit_projection(vectors, SETTINGS, args.seed)
-    fitted = time.monotonic()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_file({"linear.weight": matrix}, args.output)
     candidates = {"principal components": principal_axes(vectors, SETTINGS.dims[0]), "fitted": matrix}
-    content: dict[str, Any] = {
+    content = {
         "command": "python -m training.projection --encoder ENCODER --data DATA --output projection.safetensors",
         "seed": args.seed,
         "encoder_sha256": encode.digest,
@@ -248,14 +219,9 @@ def main() -> None:
             name: validation_figures(encode, args.data, args.seed, prefix_views(x.numpy(), SETTINGS.dims))
             for name, x in candidates.items()
         },
-        "seconds": {"fitting": round(fitted - encoded)},
         **environment_info(),
     }
     write_json(args.results, content)
-    content["test"] = {}
-    for name, figures in measure_embedding(encode, args.data, prefix_views(matrix.numpy(), SETTINGS.dims)):
-        content["test"][name] = figures
-        write_json(args.results, content)  # the next set may take a while
     print(f"{args.output} holds the projection, {args.results} its figures.", file=sys.stderr)
 
 
