@@ -91,15 +91,9 @@ def _labels(values: list[Any]) -> list[Any]:
 
 
 def local_folder(model: str) -> Path:
-    """Returns the folder of a model, which is fetched if `model` is a Hub id.
-
-    Raises:
-        ValueError: It is neither a folder nor can it be fetched.
-    """
-    if Path(model).is_dir():
-        return Path(model)
+    """Returns the folder of a model, which is fetched if `model` is a Hub id; a ValueError says if it cannot be."""
     try:
-        return Path(snapshot_download(model))
+        return Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
     except (OSError, ValueError) as error:
         raise ValueError(f"MODEL is {model!r}; allowed: a folder, or a Hub id that can be fetched ({error})") from error
 

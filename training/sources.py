@@ -101,11 +101,7 @@ class Source:
 
 
 def read_sources(path: Path = LIST) -> dict[str, Source]:
-    """Returns the listed data sets by name.
-
-    Raises:
-        SourceError: The list is wrong; the message names everything that is.
-    """
+    """Returns the listed data sets by name; a SourceError names everything that is wrong with the list."""
     try:
         listed = tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -125,11 +121,7 @@ def read_sources(path: Path = LIST) -> dict[str, Source]:
 
 
 def fetch(address: str, path: Path, sha256: str | None = None) -> None:
-    """Downloads a file.
-
-    Raises:
-        SourceError: The server does not give it, the connection ends early, or the content has another sum.
-    """
+    """Downloads a file; a SourceError says if the server does not give all of it, or it has another sum."""
     try:
         with urlopen(address, timeout=SECONDS) as response:
             path.write_bytes(response.read())
@@ -205,11 +197,7 @@ def features_of(source: Source) -> Features:
 
 
 def to_dataset(rows: list[Row], source: Source, split: str) -> Dataset:
-    """Returns rows with label names as a data set.
-
-    Raises:
-        SourceError: A row lacks a column or has a label that is not listed.
-    """
+    """Returns rows with label names as a data set; a SourceError names one that lacks a column or has an unlisted label."""
     features, encoded = features_of(source), []
     for index, row in enumerate(rows):
         try:
@@ -235,15 +223,11 @@ def differences(source: Source, data: dict[str, Dataset]) -> list[str]:
     """Returns in what the splits differ from the listed numbers of rows and fingerprints."""
     problems = []
     for split, count in source.rows.items():
-        rows = data.get(split)
-        if rows is None or len(rows) != count:
-            problems.append(f"{source.name}, split {split}: {0 if rows is None else len(rows)} rows; there must be {count}.")
-        elif (expected := source.fingerprints.get(split)) and expected != fingerprint(
-            rows, source.compared or source.columns
-        ):
-            problems.append(
-                f"{source.name}, split {split}: {count} rows, but some are not those that the release was trained on."
-            )
+        rows, expected, where = data.get(split, []), source.fingerprints.get(split), f"{source.name}, split {split}"
+        if len(rows) != count:
+            problems.append(f"{where}: {len(rows)} rows; there must be {count}.")
+        elif expected and expected != fingerprint(rows, source.compared or source.columns):
+            problems.append(f"{where}: {count} rows, but some are not those that the release was trained on.")
     return problems
 
 
@@ -251,9 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets of sources.toml; none: all of them")
     parser.add_argument("--output", type=Path, required=True, help="folder for the data sets' folders")
-    parser.add_argument(
-        "--unverified", action="store_true", help="keep rows that differ from those the release was trained on"
-    )
+    parser.add_argument("--unverified", action="store_true", help="keep rows that the release was not trained on")
     parser.add_argument("--list", type=Path, default=LIST, help="another list of sources")
     args = parser.parse_args()
     try:
