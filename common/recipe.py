@@ -25,7 +25,6 @@ NO_LABEL = ""  # what a data set's label is mapped to if its rows have no label 
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -69,6 +68,9 @@ class SourceRecipe:
     """How a data set is read, whether it is a task's only one or one of several.
 
     Attributes:
+        dataset: Hub id, with its subset after a colon, or folder.
+        text_columns: The column of texts (or of tokens), or the two of a pair.
+        label_column: The column of labels, tags or scores.
         folder: Name of the data set's local copy under the command line's --data.
         splits: The data set's own names of the splits "train", "validation" and "test", where they differ.
         mapping: The data set's label names (for entities: its types) to the task's; "" for rows that then have no label, or
@@ -82,6 +84,9 @@ class SourceRecipe:
         epochs: How often each example is seen in sampling mode "epochs"; in other modes, the task's share of the run's length.
     """
 
+    dataset: str = ""
+    text_columns: list[str] = Field(default_factory=list)
+    label_column: str = ""
     folder: str | None = None
     splits: dict[Literal["train", "validation", "test"], str] = Field(default_factory=dict)
     mapping: dict[str, str] = Field(default_factory=dict)
@@ -92,23 +97,11 @@ class SourceRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class DatasetRecipe(SourceRecipe):
-    """One of several data sets of a task; `dataset` and the columns mean what they mean in `TaskRecipe`."""
-
-    dataset: str
-    text_columns: list[str]
-    label_column: str
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TaskRecipe(SourceRecipe):
     """One task: its data set and columns, how much of it is seen, and its loss.
 
     Attributes:
         kind: A head's kind, or "scored_pairs", which trains the embedding to rank pairs by their scores (CoSENT).
-        dataset: Hub id, with its subset after a colon, or folder.
-        text_columns: The column of texts (or of tokens), or the two of a pair.
-        label_column: The column of labels, tags or scores.
         labels: Label names in the order of the data set's ids, if the data set does not declare them.
         datasets: Several data sets in place of one, by name; the task then gives its `labels`, and none of the fields that
             say how one data set is read. A data set that several tasks share trains their heads together, in one pass over
@@ -124,11 +117,8 @@ class TaskRecipe(SourceRecipe):
     """
 
     kind: Literal["sequence_classification", "token_classification", "scored_pairs"]
-    dataset: str = ""
-    text_columns: list[str] = Field(default_factory=list)
-    label_column: str = ""
     labels: list[str] | None = None
-    datasets: dict[str, DatasetRecipe] = Field(default_factory=dict)
+    datasets: dict[str, SourceRecipe] = Field(default_factory=dict)
     rewrites: dict[Rewrite, Number] = Field(default_factory=dict)
     batch_size: Count = 32
     loss_weight: Number = 1.0
@@ -257,7 +247,7 @@ class RunRecipe:
         save_steps: Steps between checkpoints.
     """
 
-    seed: Seed = 13
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 13
     evaluations: Annotated[int, Field(ge=0)] = 0
     validation_rows: Count | None = None
     calibrate: bool = True
@@ -424,8 +414,7 @@ def _dataset_problems(task: TaskRecipe, needs_folder: bool) -> list[str]:
 
 
 def _datasets_problems(task: TaskRecipe, needs_folder: bool) -> list[str]:
-    single, default = [x.name for x in dataclasses.fields(DatasetRecipe)], TaskRecipe(kind=task.kind)
-    given = [key for key in single if getattr(task, key) != getattr(default, key)]
+    given = [key for key, value in vars(SourceRecipe()).items() if getattr(task, key) != value]
     is_unnamed = task.labels is None and task.head.get("problem_type") != "regression"
     counts = Counter(x.dataset for x in task.datasets.values())
     problems = [f"{key} is given beside datasets; give it for each data set" for key in given] + _found(
