@@ -25,6 +25,7 @@ from modeling_multitask import IGNORE_INDEX, pool
 from tasks_multitask import TOKEN, is_number
 
 Example = dict[str, Any]
+TaggedRow = tuple[list[str], list[str | None]]  # tokens, and the tag of each, None for a missing one
 ENCODED_TOKENS = 4096  # in a batch of `encode`
 
 
@@ -69,11 +70,7 @@ def load_split(name_or_path: str, split: str, columns: Iterable[str]) -> Dataset
 
 @cache
 def split_names(name_or_path: str) -> list[str]:
-    """Returns a data set's own names of its splits.
-
-    Raises:
-        DataError: There is no such data set.
-    """
+    """Returns a data set's own names of its splits; a DataError says if there is no such data set."""
     source = data_source(name_or_path)
     if "data_files" in source:
         return list(source["data_files"])
@@ -116,17 +113,11 @@ def hash_columns(data: Dataset, columns: list[str]) -> str:
 
 
 def class_names(data: Dataset, column: str) -> list[str]:
-    """Returns the label names that the data set declares for a `ClassLabel` column (or a list of them).
-
-    Raises:
-        DataError: The column declares none.
-    """
+    """Returns the label names that the data set declares for a `ClassLabel` column (or a list of them), or raises a DataError."""
     if names := declared_names(data, column):
         return names
-    raise DataError(
-        f"column {column!r} declares no label names; its type is {data.features[column]}. Give the task's `labels` in the "
-        "recipe."
-    )
+    feature = data.features[column]
+    raise DataError(f"column {column!r} declares no label names; it is {feature}. Give the task's `labels` in the recipe.")
 
 
 def declared_names(data: Dataset, column: str) -> list[str]:
@@ -147,11 +138,7 @@ def task_labels(task: TaskRecipe, data: Dataset) -> list[str]:
 
 
 def source_labels(task: TaskRecipe, data: Dataset, labels: list[str]) -> list[str]:
-    """Returns the data set's own label names in the order of its ids: those that it declares, or else the task's.
-
-    Raises:
-        DataError: There is a mapping, and nothing says what the data set's names are.
-    """
+    """Returns the data set's own label names in the order of its ids; without a mapping and fitting names, the task's."""
     if task.mapping:
         return class_names(data, task.label_column)
     declared = declared_names(data, task.label_column)
@@ -195,20 +182,16 @@ def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
     return [i for i, label in enumerate(labels) if (label[2:] if is_entities(task) else label) in task.unsaid]
 
 
-def fold_unsaid(logits: Tensor, unsaid: list[int], outside: int | None) -> Tensor:
-    """Returns logits, float [..., C], that leave no probability to labels which a data set never marks.
+def fold_unsaid(logits: Tensor, task: TaskRecipe, labels: list[str]) -> Tensor:
+    """Returns logits, float [..., C], of the labels that leave no probability to those which a task's data set never marks.
 
     For entities, where an "O" may hide one of them, their probability counts as that of "O"; elsewhere it is left out.
-
-    Args:
-        logits: float [..., C].
-        unsaid: Numbers of the labels.
-        outside: Number of the label "O"; None: there is none.
     """
-    if not unsaid:
+    if not (unsaid := unsaid_labels(task, labels)):
         return logits
     folded = logits.clone()
-    if outside is not None:
+    if is_entities(task):
+        outside = labels.index("O")
         folded[..., outside] = logits[..., [outside, *unsaid]].logsumexp(dim=-1)
     folded[..., unsaid] = torch.finfo(logits.dtype).min
     return folded
@@ -348,20 +331,13 @@ def _numbers(value: Any, labels: list[str], place: str) -> list[float]:
 
 
 def rewritten(example: Example, form: str, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Returns what `make_examples` would give for a single text or a row of words that somebody wrote otherwise.
-
-    Args:
-        example: What it gave for the original.
-        form: One of `REWRITES`.
-        labels: Label names of the words.
-        tokenizer: The tokenizer.
-    """
+    """Returns what `make_examples` would give for a text or a row of words in one of `REWRITES`; `labels` are the words'."""
     if "tagged" in example:
         return _tagged_examples([rewrite_tokens(*example["tagged"], form)], labels, tokenizer)[0]
     return {**_encoded([rewrite(example["text"], form)], tokenizer)[0][0], "labels": example["labels"]}
 
 
-def rewrite_tokens(tokens: list[str], tags: list[str | None], form: str | None) -> tuple[list[str], list[str | None]]:
+def rewrite_tokens(tokens: list[str], tags: list[str | None], form: str | None) -> TaggedRow:
     """Returns tokens and tags of a row as somebody else would write it, see `REWRITES`."""
     if form == "bare":
         is_end = len(tokens) > 1 and tokens[-1] in (".", "!", "?", "…")
@@ -369,7 +345,7 @@ def rewrite_tokens(tokens: list[str], tags: list[str | None], form: str | None) 
     return [rewrite(token, form) for token in tokens], tags
 
 
-def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> list[tuple[list[str], list[str | None]]]:
+def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> list[TaggedRow]:
     """Returns each row's tokens and the names of their tags among the task's labels, None for a missing one.
 
     Raises:
@@ -378,9 +354,8 @@ def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) 
     column, to_id, rows = task.label_column, label_mapper(task, data, labels, where), []
     for row, (tokens, tags) in enumerate(zip(data[task.text_columns[0]], data[column], strict=True)):
         if not isinstance(tokens, list) or not isinstance(tags, list) or not all(isinstance(x, str) for x in tokens):
-            raise DataError(
-                f"{where}, row {row}: {tokens!r:.50} are not a list of words, or {tags!r:.50} is not a list of tags."
-            )
+            found = f"{tokens!r:.50} are not a list of words, or {tags!r:.50} is not a list of tags"
+            raise DataError(f"{where}, row {row}: {found}.")
         if len(tokens) != len(tags):
             raise DataError(f"{where}, row {row}: {len(tokens)} {task.text_columns[0]} but {len(tags)} {column}.")
         ids = [to_id(tag, f"{where}, row {row}, column {column}, token {i}") for i, tag in enumerate(tags)]
@@ -388,9 +363,7 @@ def tagged_rows(task: TaskRecipe, data: Dataset, labels: list[str], where: str) 
     return rows
 
 
-def _tagged_examples(
-    rows: list[tuple[list[str], list[str | None]]], labels: list[str], tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+def _tagged_examples(rows: list[TaggedRow], labels: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Returns an example for each row of tokens and their tags."""
     found = []
     encoded = _encoded([" ".join(tokens) for tokens, _ in rows], tokenizer)

@@ -35,7 +35,6 @@ from common.data import (
     tagged_rows,
     task_labels,
     token_spans,
-    unsaid_labels,
     word_tags,
 )
 from common.files import ROOT, environment_info, write_json
@@ -245,7 +244,6 @@ def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names:
     spec = pipe.model.config.task_specs[name]
     tagged = [rewrite_tokens(*row, form) for row in tagged_rows(task, data, names, f"tasks.{name} ({task.dataset})")]
     tokens, truth = [row for row, _ in tagged], [tags for _, tags in tagged]
-    unsaid, outside = unsaid_labels(task, spec.labels), spec.labels.index("O") if spec.is_bio else None
     logits, labels, rows, found = [], [], [], []
     given: list[tuple[float, bool, int]] = []
     for row, (record, words, values) in enumerate(answers(pipe, name, [" ".join(x) for x in tokens])):
@@ -260,7 +258,7 @@ def _predict_words(pipe: Any, name: str, task: TaskRecipe, data: Dataset, names:
             right = entities_right(spans, [tag or "O" for tag in truth[row]], said)
             given += [(x["score"], correct, row) for x, correct in zip(said, right, strict=True)]
     kept = np.array(labels, dtype=int) != IGNORE_INDEX
-    values = fold_unsaid(torch.from_numpy(np.concatenate(logits)[kept]), unsaid, outside).numpy()
+    values = fold_unsaid(torch.from_numpy(np.concatenate(logits)[kept]), task, spec.labels).numpy()
     tags = ([[tag or "O" for tag in row] for row in truth], found) if spec.is_bio else None
     answered = (np.array([x[0] for x in given]), np.array([x[1] for x in given], bool), np.array([x[2] for x in given], int))
     items = (values, values.argmax(axis=1), np.array(labels)[kept], np.array(rows)[kept])

@@ -105,10 +105,9 @@ def freeze(model: MultiTaskModel, recipe: FreezingRecipe) -> Any:
     if recipe.num_frozen_layers or recipe.gradual:
         heights = {depth(model, name) for name, _ in model.named_parameters()}
         if recipe.num_frozen_layers >= layers or not heights.issuperset(range(layers + 1)):
-            raise RecipeError(
-                f"freezing.num_frozen_layers is {recipe.num_frozen_layers} and freezing.gradual {recipe.gradual}; this encoder has "
-                f"{layers} layers, of which {sorted(x for x in heights if x)} were found by name. Leave out less"
-            )
+            given = f"freezing.num_frozen_layers is {recipe.num_frozen_layers} and freezing.gradual {recipe.gradual}"
+            known = f"{layers} layers, of which {sorted(x for x in heights if x)} were found by name"
+            raise RecipeError(f"{given}; this encoder has {known}. Leave out less")
     for name, parameter in model.named_parameters():
         if is_frozen(model, name, recipe):
             parameter.requires_grad_(False)

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from torch import Tensor, nn
 
-from common.data import fold_unsaid, unsaid_labels
+from common.data import fold_unsaid
 from common.recipe import Recipe, TaskRecipe
+from learning_multitask import CASING_DROPOUT
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel, MultiTaskOutput, pool, task_loss
 from tasks_multitask import TaskSpec
 from training.sampler import Stream
 
-CASING_DROPOUT = 0.15  # share of texts whose casing is hidden in training, so that the value "unknown" is learned
 EFFECTIVE_NUMBER_BETA = 0.999
 
 
@@ -53,8 +53,7 @@ def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: Ta
         weights: float [C], a factor per class; for multi-label tasks of each class's presence.
     """
     if task.unsaid and spec.problem_type != "multi_label_classification":  # there, what is never marked is missing
-        outside = spec.labels.index("O") if spec.is_bio else None
-        logits = fold_unsaid(logits.float(), unsaid_labels(task, spec.labels), outside)
+        logits = fold_unsaid(logits.float(), task, spec.labels)
     if weights is None and not task.focal_gamma:
         return task_loss(spec, logits, labels)
     logits, kept = logits.float(), labels != IGNORE_INDEX
@@ -102,12 +101,7 @@ def preserve_loss(pooled: Tensor, embedding: Tensor, target: Tensor, mode: str) 
 
 
 class LossWeights(nn.Module):
-    """The factor of each task's loss.
-
-    Args:
-        tasks: The recipe's tasks.
-        weighting: The recipe's `losses.weighting`.
-    """
+    """The factor of each task's loss, by the recipe's tasks and its `losses.weighting`."""
 
     def __init__(self, tasks: dict[str, TaskRecipe], weighting: str) -> None:
         super().__init__()
@@ -127,13 +121,7 @@ class LossWeights(nn.Module):
 
 
 class Objective:
-    """The loss of a batch, whichever data set it is of.
-
-    Args:
-        streams: The run's data sets.
-        recipe: Its recipe.
-        specs: The model's heads.
-    """
+    """The loss of a batch, whichever of a run's data sets it is of; `specs` are the model's heads."""
 
     def __init__(self, streams: dict[str, Stream], recipe: Recipe, specs: dict[str, TaskSpec]) -> None:
         self.tasks = {name: x.tasks for name, x in streams.items()}
@@ -159,9 +147,8 @@ class Objective:
             batch["casing_ids"] = batch["casing_ids"] * shown
         trains_embedding = target is not None or not all(x.has_head for x in tasks.values())
         out = model(**batch, tasks=[name for name in labels if name in specs], output_embedding=trains_embedding)
-        pooled = (
-            pool(out.last_hidden_state, batch["attention_mask"], model.config.pooling_mode) if trains_embedding else None
-        )
+        hidden, mode = out.last_hidden_state, model.config.pooling_mode
+        pooled = pool(hidden, batch["attention_mask"], mode) if trains_embedding else None
         found = {name: self._task_loss(name, tasks[name], specs.get(name), out, pooled, y) for name, y in labels.items()}
         weighted = [self.loss_weights(name, loss) for name, loss in found.items()]
         found["loss"] = sum(weighted[1:], start=weighted[0])
@@ -177,7 +164,5 @@ class Objective:
             # The encoder's own vector too: with a free projection alone it would have no reason to be good.
             views = [pooled, out.sentence_embedding, *(out.sentence_embedding[:, :dim] for dim in self.matryoshka_dims)]
             return embedding_loss(views, labels)
-        weights = self.weights.get(name)
-        return classification_loss(
-            spec, out.logits[name], labels, task, None if weights is None else weights.to(labels.device)
-        )
+        weights = self.weights[name].to(labels.device) if name in self.weights else None
+        return classification_loss(spec, out.logits[name], labels, task, weights)
