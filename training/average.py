@@ -15,23 +15,22 @@ from transformers import AutoTokenizer
 from modeling_multitask import MultiTaskModel
 
 
-def average(earlier: MultiTaskModel, later: MultiTaskModel, share: float) -> None:
-    """Moves the weights of `later` to `share` · later + (1 - share) · earlier, `share` in [0, 1].
+def average(earlier: MultiTaskModel, later: MultiTaskModel, share: float, apart: tuple[str, ...] = ()) -> None:
+    """Moves branch and heads of `later` to `share` · later + (1 - share) · earlier, `share` in [0, 1].
 
     Raises:
-        ValueError: The models differ in encoder, projection, labels or shapes, or `share` is out of range.
+        ValueError: The models differ in encoder, labels, shapes or projection (but for weights whose names start with one of
+            `apart`), or `share` is out of range.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"--share is {share}; it must lie in [0, 1], the later run's part.")
     labels = [{name: spec.labels for name, spec in x.config.task_specs.items()} for x in (earlier, later)]
-    first, second = earlier.state_dict(), later.state_dict()
+    first, second = ({k: x for k, x in m.state_dict().items() if not k.startswith(apart)} for m in (earlier, later))
     if labels[0] != labels[1] or {k: x.shape for k, x in first.items()} != {k: x.shape for k, x in second.items()}:
-        raise ValueError(
-            f"The runs have other tasks, labels or shapes: {labels[0]} and {labels[1]}. Average runs of one recipe."
-        )
+        raise ValueError(f"The runs differ in tasks and labels or in shapes: {labels[0]} and {labels[1]}. Use one recipe.")
     trained = ("task_branch.", "heads.")
     if moved := [name for name, x in first.items() if not name.startswith(trained) and not torch.equal(x, second[name])]:
-        raise ValueError(f"The runs differ in what no task trains, for instance {moved[0]}. Average runs of one encoder.")
+        raise ValueError(f"The runs differ in what no task trains, for instance {moved[0]}. Use runs of one encoder.")
     for name, weight in second.items():
         if name.startswith(trained):
             weight.lerp_(first[name], 1 - share)

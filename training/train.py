@@ -48,6 +48,7 @@ from evaluation.evaluate import average, measure
 from evaluation.plots import learning_curves
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
+from training.average import average as merge
 from training.freezing import UnfreezeOnSchedule, freeze, new_optimizer
 from training.objectives import Objective
 from training.projection import principal_axes
@@ -63,16 +64,12 @@ def load_streams(
 ) -> tuple[dict[str, Stream], dict[str, list[str]], dict[str, Any]]:
     """Returns the run's data sets by name, the label names of each task with a head, and what to note of each data set.
 
-    Data sets that several tasks name alike become one stream, so that one pass over a text trains all their heads.
-
-    Raises:
-        DataError: A data set does not hold what the recipe says; the message lists all problems, with split, row and field.
+    Data sets that several tasks name alike become one stream, so that one pass over a text trains all their heads. A
+    DataError lists all that is not what the recipe says, with split, row and field.
     """
     streams: dict[str, Stream] = {}
     labels: dict[str, list[str]] = {}
-    facts: dict[str, Any] = {}
-    problems = []
-    same: dict[str, str] = {}
+    facts, same, problems = {}, {}, []
     for name, task in recipe.tasks.items():
         for key, part in task.parts(name).items():
             try:
@@ -107,11 +104,7 @@ def label_problem(name: str, streams: dict[str, Stream]) -> str | None:
 def load_part(
     recipe: Recipe, key: str, part: TaskRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], list[Example], dict[str, Any]]:
-    """Returns a task's label names (none without a head), its training examples from one data set, and what to note of it.
-
-    Raises:
-        ValueError: The data set does not hold what the recipe says; the message names split, row and field.
-    """
+    """Returns a task's label names (none without a head), its training examples from one data set, and what to note of it."""
     data = load_task_split(part, "train")
     if part.limit is not None and part.limit < len(data):
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.run.seed))[: part.limit]
@@ -133,11 +126,8 @@ def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskMo
         RecipeError: The recipe asks of the encoder what it does not have, or its earlier model is another one.
     """
     encoder = AutoModel.from_pretrained(recipe.model.encoder, dtype=torch.float32)
-    specs = {
-        name: {"kind": task.kind, "labels": labels[name], **task.head}
-        for name, task in recipe.tasks.items()
-        if task.has_head
-    }
+    tasks = recipe.tasks
+    specs = {name: {"kind": tasks[name].kind, "labels": names, **tasks[name].head} for name, names in labels.items()}
     own = ("tasks", "architectures", "num_task_layers")
     fields = {name: value for name, value in encoder.config.to_dict().items() if name not in own}
     options = {name: getattr(recipe.model, name) for name in ("pooling_mode", "embedding_dim", "num_task_layers")}
@@ -153,48 +143,24 @@ def new_model(recipe: Recipe, labels: dict[str, list[str]]) -> tuple[MultiTaskMo
     model.encoder.load_state_dict(encoder.state_dict())
     model.reset_branch()
     if recipe.model.start is not None:
-        start_from(model, recipe.model.start)
+        try:
+            merge(MultiTaskModel.from_pretrained(recipe.model.start), model, 0.0, apart=("linear.",))
+        except ValueError as error:
+            raise RecipeError(f"model.start is {recipe.model.start!r}: {error}") from error
     for module in (*model.encoder.modules(), *(model.task_branch.modules() if model.task_branch else ())):
         if isinstance(module, torch.nn.Dropout) and recipe.model.encoder_dropout is not None:
             module.p = recipe.model.encoder_dropout  # not in the configuration: it is a matter of this run
     return model, encoder.eval()
 
 
-def start_from(model: MultiTaskModel, start: str) -> None:
-    """Gives a model the branch and the heads of an earlier one.
-
-    Raises:
-        RecipeError: The earlier one has other encoder weights, tasks, labels or layers.
-    """
-    earlier = MultiTaskModel.from_pretrained(start)
-    weights = {name: x for name, x in earlier.state_dict().items() if name.startswith(("task_branch.", "heads."))}
-    labels, wanted = ({name: x.labels for name, x in m.config.task_specs.items()} for m in (earlier, model))
-    if labels != wanted:
-        raise RecipeError(f"model.start is {start!r}, whose tasks and labels are {labels}; the recipe's are {wanted}")
-    encoder = model.encoder.state_dict()
-    if any(not torch.equal(x, encoder.get(name, x[:0])) for name, x in earlier.encoder.state_dict().items()):
-        raise RecipeError(
-            f"model.start is {start!r}, whose encoder is not model.encoder: give the encoder that it was trained from"
-        )
-    expected = {name: x.shape for name, x in model.state_dict().items() if name.startswith(("task_branch.", "heads."))}
-    if expected != {name: x.shape for name, x in weights.items()}:
-        raise RecipeError(f"model.start is {start!r}, whose branch or heads have other shapes than the recipe's")
-    model.load_state_dict(weights, strict=False)
-
-
 def start_projection(model: MultiTaskModel, encoder: Any, recipe: Recipe, streams: dict[str, Stream], pad: int) -> None:
-    """Sets the projection to the recipe's, or to the principal components of the starting encoder's vectors.
-
-    Raises:
-        RecipeError: The recipe's file holds no projection of this shape.
-    """
+    """Sets the projection to that of the recipe's file, or to the principal components of the starting encoder's vectors."""
     if recipe.model.projection is not None:
         try:
             model.linear.load_state_dict({"weight": load_file(recipe.model.projection)["linear.weight"]})
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise RecipeError(
-                f"model.projection is {recipe.model.projection!r}, no file of this projection: {error}"
-            ) from error
+            place = f"model.projection is {recipe.model.projection!r}"
+            raise RecipeError(f"{place}, no file of this projection: {error}") from error
         return
     rows = [ids for x in streams.values() for example in x.examples for ids in text_ids(example)]
     chosen = torch.randperm(len(rows))[:PROJECTION_TEXTS].tolist()
@@ -204,11 +170,7 @@ def start_projection(model: MultiTaskModel, encoder: Any, recipe: Recipe, stream
 
 
 def add_targets(streams: dict[str, Stream], recipe: Recipe, encoder: Any, pad_token_id: int) -> None:
-    """Stores with every example, as `target`, the teacher's vector of each of its texts.
-
-    Raises:
-        RecipeError: The teacher's vectors cannot be compared with the model's.
-    """
+    """Stores with every example, as `target`, the teacher's vector of each of its texts."""
     losses, width = recipe.losses, encoder.config.hidden_size
     teacher = None if losses.teacher is None else SentenceTransformer(losses.teacher)
     for name, x in streams.items():
@@ -232,11 +194,7 @@ def add_targets(streams: dict[str, Stream], recipe: Recipe, encoder: Any, pad_to
 def preflight(model: MultiTaskModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     """Reads the validation splits and measures the untrained model on a part of them.
 
-    So what is wrong with them, or with measuring, is known before the work starts.
-
-    Raises:
-        RecipeError: The run is to be evaluated, and there is nothing to do it on.
-        ValueError: A validation split or a metric is not what the recipe says.
+    So a ValueError says what is wrong with them, with a metric or with measuring before the work starts.
     """
     for name, task in recipe.parts.items():
         if not has_split(task, "validation"):
@@ -298,12 +256,9 @@ def new_trainer(recipe: Recipe, output: Path) -> tuple[MultiTaskTrainer, dict[st
 
 
 def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Returns the checkpoint to continue from, after making sure that the folder holds this run or none.
+    """Returns the checkpoint to continue from, after making sure that the folder holds this run, unfinished, or none.
 
     Checkpoints that were cut short while they were written are removed.
-
-    Raises:
-        RecipeError: There is a run already, and it is not to be resumed, is another one or is finished; or there is none.
     """
     path = output / "recipe.json"
     if not path.exists():
@@ -313,7 +268,7 @@ def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
     if not resume:
         raise RecipeError(f"{output} holds a run already; continue it with --resume, or give another --output")
     stored = json.loads(path.read_text("utf-8"))
-    if keys := sorted({key for key, _ in _flat(as_json(recipe)) ^ _flat(stored)}):
+    if keys := sorted({key for key, _ in _flat(dataclasses.asdict(recipe)) ^ _flat(stored)}):
         raise RecipeError(f"{output} holds the run of another recipe; these settings differ: {', '.join(keys)}")
     if (output / "metrics.json").exists():
         raise RecipeError(f"{output} holds this run, and it is finished; there is nothing to resume")
@@ -322,11 +277,6 @@ def check_folder(output: Path, recipe: Recipe, resume: bool) -> Path | None:
             print(f"{folder} was cut short while it was written, and is removed.")
             shutil.rmtree(folder)
     return newest_checkpoint(output)
-
-
-def as_json(recipe: Recipe) -> dict[str, Any]:
-    """Returns a recipe as JSON holds it."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def _flat(fields: dict[str, Any], place: str = "") -> set[tuple[str, str]]:
@@ -341,12 +291,7 @@ def _flat(fields: dict[str, Any], place: str = "") -> set[tuple[str, str]]:
 
 
 def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
-    """Trains and returns a model, and fills the run folder.
-
-    Args:
-        recipe: The recipe.
-        output: The run folder.
-        resume: Whether to continue from its newest checkpoint.
+    """Trains and returns a model, and fills the run folder `output`; with `resume`, it continues from its newest checkpoint.
 
     Raises:
         RecipeError: The recipe cannot be run here, or another process is training in the folder.
@@ -357,31 +302,24 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> MultiTaskModel:
         raise RecipeError("training runs in one process, on one GPU at most; start it without torchrun")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output.parent / f".{output.name}.lock", timeout=0):
-            return train_alone(recipe, output, resume)
+        lock = FileLock(output.parent / f".{output.name}.lock").acquire(timeout=0)
     except Timeout as error:
         raise RecipeError(f"{output}: another process is training there; wait for it, or give another --output") from error
-
-
-def train_alone(recipe: Recipe, output: Path, resume: bool) -> MultiTaskModel:
-    """Does what `train` says, in a folder that no other process writes to."""
-    checkpoint = check_folder(output, recipe, resume)
-    trainer, facts = new_trainer(recipe, output)
-    preflight(trainer.model, trainer.processing_class, recipe)
-    if checkpoint is not None:
-        before = json.loads((output / "run.json").read_text("utf-8"))["data"]
-        if changed := [name for name, x in facts.items() if before.get(name) != x]:
-            raise RecipeError(
-                f"{output} was started on other data: the train split of {', '.join(changed)} has changed since"
-            )
-    sizes = {
-        "parameters": sum(x.numel() for x in trainer.model.parameters()),
-        "trained": sum(x.numel() for x in trainer.model.parameters() if x.requires_grad),  # at some time
-    }
-    write_json(output / "recipe.json", as_json(recipe))
-    write_json(output / "run.json", {"command": sys.argv, **sizes, "data": facts, **environment_info()})
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finish(trainer, recipe, output)
+    with lock:
+        checkpoint = check_folder(output, recipe, resume)
+        trainer, facts = new_trainer(recipe, output)
+        preflight(trainer.model, trainer.processing_class, recipe)
+        before = facts if checkpoint is None else json.loads((output / "run.json").read_text("utf-8"))["data"]
+        if changed := ", ".join(name for name, x in facts.items() if before.get(name) != x):
+            raise RecipeError(f"{output} was started on other data: the train split of {changed} has changed since")
+        sizes = {
+            "parameters": sum(x.numel() for x in trainer.model.parameters()),
+            "trained": sum(x.numel() for x in trainer.model.parameters() if x.requires_grad),  # at some time
+        }
+        write_json(output / "recipe.json", dataclasses.asdict(recipe))
+        write_json(output / "run.json", {"command": sys.argv, **sizes, "data": facts, **environment_info()})
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finish(trainer, recipe, output)
     return trainer.model
 
 
@@ -402,9 +340,8 @@ def finish(trainer: MultiTaskTrainer, recipe: Recipe, output: Path) -> None:
     metrics = validate(model, tokenizer, recipe)
     totals = {"seconds": round(history[-1]["seconds"]), "steps": trainer.state.global_step}
     write_json(output / "metrics.json", {**totals, **metrics})
-    measured = (
-        f"average of the validation splits {metrics['average']:.4f}" if "average" in metrics else "nothing to validate on"
-    )
+    mean = metrics.get("average")
+    measured = "nothing to validate on" if mean is None else f"average of the validation splits {mean:.4f}"
     print(f"{output}/final holds the trained model; {measured}")
 
 
@@ -412,14 +349,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="the run folder")
-    parser.add_argument(
-        "--data", type=Path, help="folder with local copies of the data sets, under the recipe's `folder` names"
-    )
+    parser.add_argument("--data", type=Path, help="folder with copies of the data sets, under the recipe's `folder` names")
     parser.add_argument("--encoder", help="folder or Hub id to start from instead of the recipe's")
     parser.add_argument("--only", nargs="+", metavar="TASK", help="train these tasks of the recipe alone")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting of the recipe"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the run folder")
     args = parser.parse_args()
     try:

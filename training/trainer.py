@@ -21,6 +21,7 @@ from training.objectives import Objective
 KEPT = 2  # checkpoints, besides the best one
 COMPLETE = "complete"  # the last file of a checkpoint: without it, the writing was cut short
 LOSS_WEIGHTS = "loss_weights.safetensors"
+DIVERGED = "Lower optimizer.learning_rate or optimizer.head_learning_rate, or look for broken values in the data."
 
 
 class TrainingError(Exception):
@@ -28,11 +29,7 @@ class TrainingError(Exception):
 
 
 class GradientSurgery:
-    """Collects the gradient of each task of a step on what they share, and joins them by PCGrad (Yu et al. 2020).
-
-    Args:
-        shared: The parameters that all tasks train.
-    """
+    """Collects the gradient of each task of a step on the parameters they share, and joins them by PCGrad (Yu et al. 2020)."""
 
     def __init__(self, shared: list[nn.Parameter]) -> None:
         try:
@@ -93,18 +90,14 @@ class MultiTaskTrainer(Trainer):
             self.surgery = GradientSurgery([x for name, x in named if not name.startswith("heads.")])
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
-        """Returns the batch's loss.
-
-        Raises:
-            TrainingError: It is not finite.
-        """
+        """Returns the batch's loss; a TrainingError says if it is not finite."""
         losses = self.objective(model, inputs)
         for name, value in losses.items():
             if name != "loss":
                 self.reported[name].append(value.item())
         if not torch.isfinite(losses["loss"]):
             reason = f"the loss of {inputs['stream']!r} is {losses['loss'].item()}"
-            raise TrainingError(self._stopped(self.state.global_step + 1, reason))
+            raise self._stopped(self.state.global_step + 1, reason)
         return losses["loss"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -133,11 +126,7 @@ class MultiTaskTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint, and last of all the mark that it is whole.
-
-        Raises:
-            TrainingError: A weight is not finite, or the checkpoint cannot be written.
-        """
+        """Writes a checkpoint, if all weights are finite, and last of all the mark that it is whole."""
         self._check_weights()
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
@@ -149,12 +138,10 @@ class MultiTaskTrainer(Trainer):
                     os.fsync(file.fileno())
             (folder / COMPLETE).touch()
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-            step = self.state.global_step
-            message = f"Step {step}: the checkpoint cannot be written ({error}). {self._remains()}. Continue with --resume."
-            raise TrainingError(message) from error
-        rotate_checkpoints(
-            output_dir=self.args.output_dir, save_total_limit=KEPT, best_model_checkpoint=self.state.best_model_checkpoint
-        )
+            reason = f"the checkpoint cannot be written ({error})"
+            raise self._stopped(self.state.global_step, reason, "Continue with --resume.") from error
+        best = self.state.best_model_checkpoint
+        rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=KEPT, best_model_checkpoint=best)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         """Finds the best checkpoint again where the run folder lies now, and how long the run had trained."""
@@ -174,17 +161,12 @@ class MultiTaskTrainer(Trainer):
     def _check_weights(self) -> None:
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
-                raise TrainingError(self._stopped(self.state.global_step, f"the weights of {name} are no longer finite"))
+                raise self._stopped(self.state.global_step, f"the weights of {name} are no longer finite")
 
-    def _stopped(self, step: int, reason: str) -> str:
-        return (
-            f"Step {step}: {reason}. {self._remains()}. Lower optimizer.learning_rate or "
-            "optimizer.head_learning_rate, or look for broken values in the data."
-        )
-
-    def _remains(self) -> str:
+    def _stopped(self, step: int, reason: str, advice: str = DIVERGED) -> TrainingError:
         found = newest_checkpoint(Path(self.args.output_dir))
-        return f"Training stops; {f'the last good checkpoint is {found}' if found else 'no checkpoint was written before'}"
+        remains = f"the last good checkpoint is {found}" if found else "no checkpoint was written before"
+        return TrainingError(f"Step {step}: {reason}. Training stops; {remains}. {advice}")
 
 
 def newest_checkpoint(output: Path) -> Path | None:
