@@ -113,14 +113,16 @@ def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains
     for name, path in files.items():
         split, _, domain = name.partition("/")
         for _, lines in blocks(path):
-            rows = [line.split("\t") for _, line in lines]
-            places = [f"{path.name}, row {row}" for row, _ in lines]
-            for cells, place in zip(rows, places, strict=True):
+            words, kinds, starts = [], [], set()
+            for row, line in lines:
+                cells, where = line.split("\t"), f"{path.name}, row {row}"
                 if len(cells) <= max(token, tag):
-                    raise SourceError(f"{place}: {len(cells)} columns; there must be at least {max(token, tag) + 1}.")
-            tags = bio_tags([cells[tag] for cells in rows], mapping, [f"{place}, column {tag + 1}" for place in places])
-            words = [cells[token] for cells in rows]
-            yield split, {"tokens": words, "ner_tags": tags, **({"domain": domain} if domains else {})}
+                    raise SourceError(f"{where}: {len(cells)} columns; there must be at least {max(token, tag) + 1}.")
+                if cells[tag].startswith("B-"):
+                    starts.add(len(words))
+                words.append(cells[token])
+                kinds.append(bio_kind(cells[tag], mapping, f"{where}, column {tag + 1}"))
+            yield split, {"tokens": words, "ner_tags": to_bio(kinds, starts), **({"domain": domain} if domains else {})}
 
 
 def blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
@@ -137,16 +139,13 @@ def blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
             comments, lines = [], []
 
 
-def bio_tags(tags: list[str], mapping: dict[str, str], places: list[str]) -> list[str]:
-    """Returns a sentence's BIO tags with other kinds; an entity without its `B-` gets one."""
-    kinds: list[str | None] = []
-    for tag, where in zip(tags, places, strict=True):
-        prefix, _, kind = tag.partition("-")
-        if tag != "O" and prefix not in ("B", "I"):
-            raise SourceError(f"{where}: the tag {tag!r} is neither O nor B-… nor I-….")
-        found = "O" if tag == "O" else lookup(mapping, kind, where)
-        kinds.append(None if found == "O" else found)
-    return to_bio(kinds, {index for index, tag in enumerate(tags) if tag.startswith("B-")})
+def bio_kind(tag: str, mapping: dict[str, str], where: str) -> str | None:
+    """Returns what the mapping makes of the kind in a BIO tag, None for no entity."""
+    prefix, _, kind = tag.partition("-")
+    if tag != "O" and prefix not in ("B", "I"):
+        raise SourceError(f"{where}: the tag {tag!r} is neither O nor B-… nor I-….")
+    found = "O" if tag == "O" else lookup(mapping, kind, where)
+    return None if found == "O" else found
 
 
 def docred(files: Files, mapping: dict[str, str], splits: dict[str, list[str]]) -> Rows:
@@ -208,7 +207,9 @@ def gum_row(block: list[str], fields: list[str], file: str) -> Row:
     kinds: list[str | None] = [None] * len(words)
     starts = set()
     for start, end, mention in sorted(mentions_of([row[9] for row in cells], fields), key=lambda x: (x[0] - x[1], x[0])):
-        kind, place = gum_kind(mention), mention.get("minspan", "").split(",")[0]
+        etype, place = mention.get("etype", ""), mention.get("minspan", "").split(",")[0]
+        is_linked = bool(mention.get("identity")) and etype not in GUM_NEVER_NAMES
+        kind = GUM_TYPES.get(etype, "MISC" if is_linked else None)
         head = start + int(place) - 1 if place.isdecimal() else -1
         if not kind or not start <= head < end or not is_name[head]:
             continue
@@ -242,13 +243,6 @@ def name_around(head: int, words: list[str], is_name: list[bool], start: int, en
         return [i for i in run if is_name[i]]
 
     return reached(range(head, start - 1, -1))[-1], reached(range(head, end))[-1] + 1
-
-
-def gum_kind(mention: dict[str, str]) -> str | None:
-    """Returns the kind of a mention's name, None if it counts as none."""
-    etype = mention.get("etype", "")
-    is_linked = bool(mention.get("identity")) and etype not in GUM_NEVER_NAMES
-    return GUM_TYPES.get(etype, "MISC" if is_linked else None)
 
 
 # Texts with labels
