@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,9 @@ from scipy.special import logit
 from scipy.stats import spearmanr
 from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
-from transformers import AutoTokenizer
 
 import learning_multitask
-from annotator_multitask import EKMAN
+from annotator_multitask import EKMAN, BioScheme
 from common.data import has_split, token_spans
 from common.recipe import Recipe, TaskRecipe
 from evaluation import calibrate, evaluate, metrics, plots
@@ -471,7 +471,11 @@ def test_a_live_model_is_calibrated_whatever_its_temperatures_were(data):
     assert set(found[0]) == {"sentiment", "topics", "ner", "pos"}
     for name, fields in found[0].items():
         assert fields["temperature"] == pytest.approx(found[1][name]["temperature"], abs=2e-3)
-    assert set(found[0]["topics"]) == {"temperature", "thresholds"} and set(found[0]["ner"]) == {"temperature"}
+    assert [set(found[0][x]) for x in ("topics", "ner", "pos")] == [
+        {"temperature", "thresholds"},
+        {"temperature", "begin_shift"},
+        {"temperature"},
+    ]
     model = tiny_model()
     pipe = MultiTaskPipeline(model=model, tokenizer=tiny_tokenizer(), device="cpu")
     before = {name: evaluate.predict(pipe, name, recipe.tasks[name], data_sets()[name]) for name in found[0]}
@@ -479,32 +483,50 @@ def test_a_live_model_is_calibrated_whatever_its_temperatures_were(data):
     for name, then in before.items():
         now = evaluate.predict(pipe, name, recipe.tasks[name], data_sets()[name])
         assert now.spec.temperature == model.heads[name].spec.temperature == found[0][name]["temperature"]
+        if name == "ner":  # its labels that begin an entity were shifted
+            assert metrics.entity_metrics(*now.tags)["f1"] >= metrics.entity_metrics(*then.tags)["f1"]
+            continue
         assert np.array_equal(now.logits.argmax(axis=1), then.logits.argmax(axis=1)) and now.tags == then.tags
         loss = learning_multitask.negative_log_likelihood
         assert loss(now.logits, now.truth) <= loss(then.logits, then.truth) + 1e-6
     assert calibrate.calibrate(model, tiny_tokenizer(), recipe, split="test") == {}, "no such split: nothing to fit"
 
 
-@pytest.mark.parametrize("kind", ["release", "checkpoint"])
-def test_the_command_changes_temperatures_and_nothing_else(release, data, tmp_path, monkeypatch, kind):
-    folder = Path(shutil.copytree(release.parent / kind, tmp_path / kind))
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+def test_the_command_changes_temperatures_thresholds_and_one_bias(release, data, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(release.parent / "checkpoint", tmp_path / "checkpoint"))
+    before = MultiTaskModel.from_pretrained(folder)
     monkeypatch.setattr("sys.argv", ["calibrate", str(folder), "--recipe", str(data / "recipe.toml")])
     calibrate.main()
-    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert {name for name in before if before[name] != after[name]} == {"config.json"}
-    fields = json.loads(after["config.json"])
-    found = {name: spec.pop("temperature", None) for name, spec in fields["tasks"].items()}
-    assert found.pop("rating") is None and all(0.05 <= x <= 20 for x in found.values())
-    original = json.loads(before["config.json"])
-    for spec in (*original["tasks"].values(), *fields["tasks"].values()):
-        spec.pop("temperature", None)
-        spec.pop("thresholds", None)
-    assert fields == original and list(fields) == list(original)
-    assert MultiTaskModel.from_pretrained(folder).heads["ner"].spec.temperature == found["ner"]
-    assert AutoTokenizer.from_pretrained(folder).is_fast
+    after = MultiTaskModel.from_pretrained(folder)
+    changed = {name for name, x in after.state_dict().items() if not torch.equal(x, before.state_dict()[name])}
+    assert changed <= {"heads.ner.classifier.bias"}
+    shift = after.heads["ner"].classifier.bias - before.heads["ner"].classifier.bias
+    begins = torch.tensor([label.startswith("B-") for label in TASKS["ner"]["labels"]])
+    assert len(shift[begins].unique()) == 1 and not shift[~begins].any()
+    assert after.config.tasks["rating"] == before.config.tasks["rating"]
+    assert all(0.05 <= spec["temperature"] <= 20 for name, spec in after.config.tasks.items() if name != "rating")
+    written = (folder / "config.json").read_bytes()
     calibrate.main()
-    assert (folder / "config.json").read_bytes() == after["config.json"], "again, it changes nothing"
+    assert (folder / "config.json").read_bytes() == written and "'begin_shift': 0.0" in capsys.readouterr().out
+
+
+def test_a_release_is_not_calibrated_since_its_files_have_digests(release, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["calibrate", str(release)])
+    with pytest.raises(SystemExit, match="holds a release .*; fit the checkpoint that it was exported from"):
+        calibrate.main()
+
+
+def test_a_head_that_begins_too_many_entities_is_corrected():
+    labels = ["O", "B-PER", "I-PER"]
+    spec = TaskSpec(kind="token_classification", labels=labels)
+    truth = np.array([1, 2, 0, 0, 1, 2])  # two texts of three words
+    logits = 4.0 * np.eye(3)[truth]
+    logits[[1, 5], 1] = 4.3  # in the middle of a name it would begin another one
+    logits[3, 1] = 4.2  # and where there is none
+    found = evaluate.Predictions(spec, logits, logits.argmax(axis=1), truth, np.array([0, 0, 0, 1, 1, 1]))
+    shift = calibrate.fit_begin_shift(BioScheme(labels), [logits], [found])
+    assert shift == -0.4, "the least that is enough"
+    assert calibrate.fit_begin_shift(BioScheme(labels), [logits + shift * np.array([0, 1, 0])], [found]) == 0.0
 
 
 def test_thresholds_have_the_best_f1_and_rare_labels_the_common_one():
