@@ -6,7 +6,6 @@ which takes most of the seconds and of the memory of a short run. Axes: W words,
 """
 
 import copy
-import hashlib
 import json
 import os
 import reprlib
@@ -27,9 +26,9 @@ from tokenizers import Encoding, Tokenizer
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
-        from .tasks_multitask import CASINGS, TOKEN, TaskSpec, is_number, require
+        from .tasks_multitask import CASINGS, TOKEN, TaskSpec, is_number, require, sha256
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from tasks_multitask import CASINGS, TOKEN, TaskSpec, is_number, require
+    from tasks_multitask import CASINGS, TOKEN, TaskSpec, is_number, require, sha256
 
 Span = tuple[int, int]
 Record = dict[str, Any]
@@ -135,25 +134,15 @@ def word_casing(word: str) -> int:
 
 @dataclass
 class Window:
-    """A piece of a text that fits the model, and what the model says of it.
+    """A piece of a text that fits the model, and what the model says of it."""
 
-    Attributes:
-        text: Index of the text in its chunk.
-        input_ids: Token ids, special tokens included.
-        words: For each word: index of its first token, and its character span in the text.
-        casings: For each token, how its word is written, see `word_casing`; empty if no words were looked for.
-        context: For each word, the number of tokens to the nearer edge of the window, where the text goes on there.
-        embedding: float [E], once the model has read the window.
-        logits: Maps each task to float [C], or [W, C] for token tasks.
-    """
-
-    text: int
-    input_ids: list[int]
-    words: list[tuple[int, Span]] = field(default_factory=list)
-    casings: list[int] = field(default_factory=list)
-    context: list[float] = field(default_factory=list)
-    embedding: np.ndarray = field(init=False, repr=False)
-    logits: dict[str, np.ndarray] = field(default_factory=dict)
+    text: int  # index of the text in its chunk
+    input_ids: list[int]  # special tokens included
+    words: list[tuple[int, Span]] = field(default_factory=list)  # of each: index of its first token, its characters
+    casings: list[int] = field(default_factory=list)  # of each token, see `word_casing`; empty if no words were looked for
+    context: list[float] = field(default_factory=list)  # of each word: tokens to the nearer edge where the text goes on
+    embedding: np.ndarray = field(init=False, repr=False)  # float [E], once the model has read the window
+    logits: dict[str, np.ndarray] = field(default_factory=dict)  # maps each task to float [C], a token task to [W, C]
 
 
 def find_words(window: Window, text: str, encoding: Encoding, is_first: bool, is_last: bool) -> None:
@@ -177,11 +166,7 @@ def find_words(window: Window, text: str, encoding: Encoding, is_first: bool, is
 
 
 class BioScheme:
-    """The labels of one token task as a BIO scheme: `I-X` may follow `B-X` and `I-X` only.
-
-    Args:
-        labels: Label names in the order of the logits.
-    """
+    """The labels of one token task, in the order of the logits, as a BIO scheme: `I-X` may follow `B-X` and `I-X` only."""
 
     def __init__(self, labels: list[str]) -> None:
         types = [label[2:] for label in labels]
@@ -247,13 +232,7 @@ def onnx_part(file: str, part: str) -> str:
 
 
 def locate(source: str | Path, file: str, hub: dict[str, Any]) -> str | None:
-    """Returns the local path of a file of a model, None if the model has no such file.
-
-    Args:
-        source: A folder, or a repository on the Hub.
-        file: The file's name.
-        hub: Options such as `revision`.
-    """
+    """Returns the local path of a file in a folder or, with options such as `revision`, on the Hub; None: no such file."""
     if Path(source).is_dir():
         path = Path(source, hub.get("subfolder") or "", file)
         return str(path) if path.is_file() else None
@@ -267,11 +246,7 @@ def locate(source: str | Path, file: str, hub: dict[str, Any]) -> str | None:
 
 
 class ExportedModel:
-    """What an `Annotator` asks of a model, read from the files of its repository without PyTorch and transformers.
-
-    Args:
-        source: A folder, or a repository on the Hub.
-        hub: Options such as `revision`.
+    """What an `Annotator` asks of a model, read from its folder or its repository on the Hub without PyTorch, transformers.
 
     Raises:
         ValueError: config.json is missing or describes no multi-task model.
@@ -358,11 +333,8 @@ class OnnxModel:
                 path, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW_FUSIONS
             )
             stored = session.get_modelmeta().custom_metadata_map
-            if digest := stored.get("weights_sha256"):
-                with open(whole, "rb") as file:
-                    is_same = digest == hashlib.file_digest(file, "sha256").hexdigest()
-                if not is_same:
-                    raise ValueError(f"{path} is of another export than {whole}; export both again: python -m release.onnx")
+            if (digest := stored.get("weights_sha256")) and digest != sha256(whole):
+                raise ValueError(f"{path} is of another export than {whole}; export both again: python -m release.onnx")
             labels, expected = json.loads(stored.get("labels", "{}")), label_order(self.tasks)
             if any(labels.get(name, expected[name]) != expected[name] for name in expected):
                 raise ValueError(
@@ -524,12 +496,9 @@ class Annotator:
         return windows
 
     def run(self, windows: list[Window], tasks: list[str], vector: str | None = None) -> None:
-        """Runs the model once over a batch of windows and stores in each what it says.
+        """Runs the model once over a batch of windows and stores in each its logits of the tasks and its `embedding`.
 
-        Args:
-            windows: A batch.
-            tasks: The heads to compute.
-            vector: Which output to keep as the windows' `embedding`: one of the values of `VECTORS`.
+        That is the output named `vector`, one of the values of `VECTORS`.
         """
         inputs = pad_windows(windows, self.pad_token_id)
         vectors, logits = self.forward(inputs, tasks, vector)
@@ -570,11 +539,7 @@ def checked_options(
     min_score: float | None = None,
     **unknown: Any,
 ) -> dict[str, Any]:
-    """Returns those of the options of `Annotator.stream` that are given.
-
-    Args:
-        known: The names of the model's tasks.
-        tasks: See `MultiTaskPipeline.__call__`, as for the others.
+    """Returns those of the options of `Annotator.stream` that are given; `known` are the names of the model's tasks.
 
     Raises:
         ValueError: An option is not allowed; the message names it and what is.
@@ -588,12 +553,12 @@ def checked_options(
         tasks = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
         if missing := [name for name in tasks if name not in known]:
             raise ValueError(f"tasks holds {missing}; this model's tasks are: {', '.join(known) or 'none'}.")
-    if embedding is not None and not (isinstance(embedding, bool) or embedding == "encoder"):
-        raise ValueError(f"embedding is {embedding!r}; allowed: true, false or 'encoder'.")
-    if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
-        raise ValueError(f"batch_tokens is {batch_tokens!r}; allowed: a positive integer.")
-    if min_score is not None and not (is_number(min_score) and 0 <= min_score <= 1):
-        raise ValueError(f"min_score is {min_score!r}; allowed: a number in [0, 1].")
+    is_known = embedding is None or isinstance(embedding, bool) or embedding == "encoder"
+    require(is_known, "embedding", embedding, "true, false or 'encoder'")
+    is_count = batch_tokens is None or (type(batch_tokens) is int and batch_tokens > 0)
+    require(is_count, "batch_tokens", batch_tokens, "a positive integer")
+    is_share = min_score is None or (is_number(min_score) and 0 <= min_score <= 1)
+    require(is_share, "min_score", min_score, "a number in [0, 1]")
     given = {"tasks": tasks, "embedding": embedding, "batch_tokens": batch_tokens, "min_score": min_score}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -661,9 +626,7 @@ def text_answer(spec: Any, logits: np.ndarray, min_score: float = 0.0) -> Record
     if spec.problem_type == "multi_label_classification":
         scores = 1 / (1 + np.exp(-logits))
         limits = np.maximum(spec.thresholds or [0.5] * len(spec.labels), min_score)
-        present: list[str] | None = [
-            x for x, score, limit in zip(spec.labels, scores, limits, strict=True) if score >= limit
-        ]
+        present: list[str] | None = [spec.labels[label] for label in np.flatnonzero(scores >= limits)]
         if not present:
             present = None if min_score else [] if spec.fallback is None else [spec.fallback]
         return {"labels": present, "scores": dict(zip(spec.labels, scores.tolist(), strict=True))}

@@ -1,8 +1,10 @@
 """What a task of the model is: the kinds of heads, their labels and options, checked. Neither PyTorch nor transformers is needed."""
 
 import copy
+import hashlib
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 SEQUENCE = "sequence_classification"
@@ -31,6 +33,12 @@ def require(holds: bool, field: str, value: object, allowed: str) -> None:
     """Raises a ValueError that names the field, its value and what is allowed, unless the condition holds."""
     if not holds:
         raise ValueError(f"{field} is {value!r}; allowed: {allowed}.")
+
+
+def sha256(path: str | Path) -> str:
+    """Returns the hexadecimal SHA-256 digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

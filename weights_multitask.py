@@ -4,7 +4,6 @@ The model, `handler.py` and the scripts in `release/` share them. A release is a
 a checkpoint is a single `model.safetensors`.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,8 +17,10 @@ from transformers.utils import cached_file
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
         from .configuration_multitask import MultiTaskConfig, is_inside
+        from .tasks_multitask import sha256
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
     from configuration_multitask import MultiTaskConfig, is_inside
+    from tasks_multitask import sha256
 
 CHECKPOINT_FILE = "model.safetensors"
 BRANCH = "task_branch."
@@ -76,7 +77,6 @@ def file_problems(index: dict[str, Any] | None, locate: Callable[[str], str | Pa
     digests = index["metadata"].get("sha256", {}) if index else {}
     problems = []
     for file in sorted(set(weight_map.values())) or [CHECKPOINT_FILE]:
-        named = {key for key, place in weight_map.items() if place == file} if index else None
         try:
             path = locate(file)
             with safe_open(path, framework="pt") as weights:
@@ -84,7 +84,8 @@ def file_problems(index: dict[str, Any] | None, locate: Callable[[str], str | Pa
         except (OSError, SafetensorError, TypeError) as error:
             problems.append(f"{file} is missing or broken ({error}); fetch it again")
             continue
-        problems += _key_problems(file, stored, named)
+        named = {key for key, place in weight_map.items() if place == file}
+        problems += _key_problems(file, stored, named or set(stored))
         if file in digests and Path(str(path)).stat().st_size <= DIGESTED_AT_LOAD and sha256(str(path)) != digests[file]:
             problems.append(
                 f"{file} is not the file of this release: its sha256 is not the one in the index; fetch all again"
@@ -92,10 +93,8 @@ def file_problems(index: dict[str, Any] | None, locate: Callable[[str], str | Pa
     return problems
 
 
-def _key_problems(file: str, stored: dict[str, str], named: set[str] | None) -> list[str]:
+def _key_problems(file: str, stored: dict[str, str], named: set[str]) -> list[str]:
     weights = {key for key, dtype in stored.items() if dtype.startswith(("F", "BF"))}
-    if named is None:
-        named = set(stored)
     problems = [f"{key}: missing in {file}" for key in sorted(named - set(stored))]
     problems += [
         f"{key}: {file} has dtype {stored[key]}; weights must be floating-point"
@@ -105,19 +104,10 @@ def _key_problems(file: str, stored: dict[str, str], named: set[str] | None) -> 
     return problems + [f"{key}: stored in {file}, but the index does not name it there" for key in sorted(weights - named)]
 
 
-def sha256(path: str | Path) -> str:
-    """Returns the hexadecimal SHA-256 digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_stored(source: str | Path | None, config: MultiTaskConfig, hub: dict[str, Any]) -> dict[str, str]:
     """Returns the weight map of a release, empty for a checkpoint, after checking the files without loading them.
 
-    Args:
-        source: A folder or a repository on the Hub.
-        config: Its configuration.
-        hub: Options such as `revision`.
+    `source` is a folder, or with options such as `revision` a repository on the Hub.
 
     Raises:
         WeightsError: The index is malformed, or a file is missing, broken, of another release, or holds other keys.

@@ -25,29 +25,17 @@ Run = Callable[[list[str]], list[Result]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How texts are annotated.
+    """How texts are annotated; where a field is None, the pipeline's default holds."""
 
-    Attributes:
-        model: Folder or Hub id.
-        revision: Commit, tag or branch on the Hub.
-        device: For instance "cpu"; None: a GPU if there is one.
-        backend: What runs the model; None: the pipeline's default.
-        dtype: Precision of PyTorch, such as "bfloat16"; None: that of the stored weights.
-        tasks: Names of the tasks to compute; None: all.
-        embedding: Whether results hold the sentence embedding.
-        batch_tokens: Tokens per batch, padding included; None: the pipeline's default.
-        threads: CPU threads of each process; None: PyTorch's default, with ONNX Runtime `cpu_threads()`.
-    """
-
-    model: str
-    revision: str | None = None
-    device: str | None = None
-    backend: str | None = None
-    dtype: str | None = None
-    tasks: list[str] | None = None
-    embedding: bool = True
-    batch_tokens: int | None = None
-    threads: int | None = None
+    model: str  # folder or Hub id
+    revision: str | None = None  # commit, tag or branch on the Hub
+    device: str | None = None  # for instance "cpu"; None: a GPU if there is one
+    backend: str | None = None  # what runs the model
+    dtype: str | None = None  # precision of PyTorch, such as "bfloat16"; None: that of the stored weights
+    tasks: list[str] | None = None  # names of the tasks to compute; None: all
+    embedding: bool = True  # whether results hold the sentence embedding
+    batch_tokens: int | None = None  # tokens per batch, padding included
+    threads: int | None = None  # CPU threads of each process; None: PyTorch's default, with ONNX Runtime `cpu_threads()`
 
     def divided(self, workers: int) -> "Settings":
         """Returns the settings for each of several processes that share the CPU."""
@@ -70,22 +58,10 @@ def _content(model: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found["version of " + name] = importlib.metadata.version(name)
-    return found
-
-
-def _exported(settings: Settings) -> Core:
-    """Returns an annotator that runs on ONNX Runtime alone, without PyTorch's seconds and memory."""
-    hub = {} if settings.revision is None else {"revision": settings.revision}
-    return Core.from_export(settings.model, str(settings.backend), settings.threads, **hub)
-
-
-def _loaded(settings: Settings) -> Core:
-    """Returns an annotator that runs on PyTorch."""
+def _load(settings: Settings) -> Core:
+    """Returns an annotator that runs on PyTorch, or on ONNX Runtime without PyTorch's seconds and memory."""
+    if settings.backend in ONNX_FILES:
+        return Core.from_export(settings.model, settings.backend, settings.threads, revision=settings.revision)
     # oneDNN keeps a kernel for each shape of a batch, 1,024 by default: memory that a long file fills bit by bit.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     import torch
@@ -102,9 +78,6 @@ def _loaded(settings: Settings) -> Core:
 class Annotator:
     """A loaded model, called with the same options every time.
 
-    Args:
-        settings: The model and the options.
-
     Raises:
         InputError: The model cannot be loaded.
         ValueError: An option has a value that is not allowed.
@@ -113,7 +86,7 @@ class Annotator:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         with self._loading():
-            self.core = _exported(settings) if settings.backend in ONNX_FILES else _loaded(settings)
+            self.core = _load(settings)
         given = {name: getattr(settings, name) for name in ("tasks", "embedding", "batch_tokens")}
         self.options = checked_options(self.core.model.config.tasks, **given)
         with self._loading():
@@ -134,11 +107,6 @@ class Annotator:
         """What computes, for instance "cpu"."""
         return str(getattr(self.core.model, "device", "cpu"))
 
-    @property
-    def has_weights(self) -> bool:
-        """Whether worker processes can share the weights: PyTorch's, on the CPU."""
-        return self.core.backend == "torch" and self.device == "cpu"
-
     def map_weights(self, path: Path) -> None:
         """Replaces the weights by those in a `torch.save` file, whose memory all processes share."""
         import torch
@@ -148,15 +116,15 @@ class Annotator:
     def identity(self) -> dict[str, Any]:
         """Returns everything that decides the results: options, content of the model, this code, library versions."""
         settings = self.settings
-        options = {f"--{x.replace('_', '-')}": getattr(settings, x) for x in (*PIPELINE_OPTIONS, "tasks", "batch_tokens")}
-        return {
-            **options,
-            "--no-embedding": not settings.embedding,
-            "content of --model": _content(settings.model, settings.revision),
-            "actual device": self.device,
-            "threads per process": settings.threads or cpu_threads(),
-            **_versions(),
-        }
+        found = {f"--{x.replace('_', '-')}": getattr(settings, x) for x in (*PIPELINE_OPTIONS, "tasks", "batch_tokens")}
+        found["--no-embedding"] = not settings.embedding
+        found["content of --model"] = _content(settings.model, settings.revision)
+        found["actual device"] = self.device
+        found["threads per process"] = settings.threads or cpu_threads()
+        for name in LIBRARIES:
+            with suppress(importlib.metadata.PackageNotFoundError):
+                found["version of " + name] = importlib.metadata.version(name)
+        return found
 
     def schema(self) -> pyarrow.Schema:
         """Returns the parquet schema of the results."""

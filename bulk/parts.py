@@ -1,6 +1,5 @@
 """Writes results as parts, joins the parts into the output, and owns every file beside the output."""
 
-import hashlib
 import json
 import os
 import re
@@ -28,22 +27,16 @@ class Output:
     Args:
         path: The output, .jsonl or .parquet.
         side: Folder for all other files; None: beside the output.
-
-    Attributes:
-        partial: Folder of the parts; it exists while the output is incomplete.
-        settings: File in `partial` that says what the run is: input, model, options, versions. Without it, the parts are
-            leftovers.
-        rejects: File of the rows that could not be annotated, if there are any.
-        record: File that says of a complete output what `settings` says of an incomplete one.
     """
 
     def __init__(self, path: Path, side: Path | None = None) -> None:
         side = side or path.parent
         self.path = path
-        self.partial = side / f"{path.name}.partial"
+        self.partial = side / f"{path.name}.partial"  # folder of the parts; it exists while the output is incomplete
+        # What the run is: input, model, options, versions. Without it, the parts are leftovers.
         self.settings = self.partial / SETTINGS
-        self.rejects = side / f"{path.name}.rejects.jsonl"
-        self.record = side / f".{path.name}.run.json"
+        self.rejects = side / f"{path.name}.rejects.jsonl"  # the rows that could not be annotated, if there are any
+        self.record = side / f".{path.name}.run.json"  # says of a complete output what `settings` says of an incomplete one
 
     def is_unfinished(self) -> bool:
         """Returns whether an earlier run can be resumed.
@@ -140,12 +133,6 @@ def save_json(path: Path, fields: dict[str, Any], folder: Path) -> None:
     """Writes a durable JSON file; until it is complete it is in `folder`."""
     with durable(path, folder) as stream:
         stream.write(json.dumps(fields, indent=2).encode())
-
-
-def sha256(path: Path) -> str:
-    """Returns the hash of a file's content, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_part(part: Path, chunk: list[Item], annotator: Annotator) -> tuple[int, int]:

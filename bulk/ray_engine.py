@@ -24,19 +24,12 @@ SIDE = "_rejects"  # rejects, and the parts of shards that are not complete
 
 @dataclass(frozen=True)
 class Folders:
-    """Where shards are read and written.
+    """Where shards are read and written."""
 
-    Attributes:
-        source: Folder of the input files.
-        output: Folder of the output files.
-        file_format: Format of every input file, one of `INPUT_FORMATS`; None: by its suffix.
-        column: Name of the column or field that holds the text.
-    """
-
-    source: Path
-    output: Path
-    file_format: str | None
-    column: str
+    source: Path  # folder of the input files
+    output: Path  # folder of the output files
+    file_format: str | None  # of every input file, one of `INPUT_FORMATS`; None: by its suffix
+    column: str  # name of the column or field that holds the text
 
     def shards(self) -> list[str]:
         """Returns the names of the input files.

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bulk.annotator import Annotator
-from bulk.parts import Output, join, save_json, sha256, write_part
+from bulk.parts import Output, join, save_json, write_part
 from bulk.sources import ROWS, Fingerprint, InputError, Item, Row, chunks
 from bulk.workers import write_parts
+from tasks_multitask import sha256
 
 
 class Progress:

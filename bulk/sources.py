@@ -57,17 +57,11 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of texts.
+    """A file of texts."""
 
-    Attributes:
-        name: Path of the file; "-" is standard input.
-        file_format: One of `INPUT_FORMATS`.
-        column: Name of the column or field that holds the text.
-    """
-
-    name: str
-    file_format: str
-    column: str
+    name: str  # its path; "-" is standard input
+    file_format: str  # one of `INPUT_FORMATS`
+    column: str  # name of the column or field that holds the text
 
     @property
     def is_stream(self) -> bool:

@@ -49,7 +49,7 @@ def write_parts(
 
 def _share_weights(annotator: Annotator, folder: Path) -> Path | None:
     """Returns a file with the weights for all processes to map; None where each process reads its own."""
-    if not annotator.has_weights:
+    if annotator.core.backend != "torch" or annotator.device != "cpu":
         return None
     import torch
 
