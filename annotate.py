@@ -35,9 +35,7 @@ class Stopped(KeyboardInterrupt):
 class Bar(Progress):
     """Shows on standard error the progress of a run, its speed and the time left.
 
-    Args:
-        total: Number of units to expect; None: unknown.
-        unit: What is counted; if it is not texts, each call of `add` counts one.
+    `total` is the number of units to expect, if it is known. If the unit is not texts, each call of `add` counts one.
     """
 
     def __init__(self, total: int | None, unit: str = " texts") -> None:

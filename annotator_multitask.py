@@ -289,11 +289,7 @@ def label_order(tasks: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 class OnnxModel:
-    """The exported form of a model, run by ONNX Runtime on the CPU; of its graphs, the smallest that gives what is asked.
-
-    Args:
-        model: The model whose repository holds the export.
-        backend: One of `ONNX_FILES`.
+    """The export in a model's repository, run by ONNX Runtime on the CPU; of its graphs, the smallest that gives what is asked.
 
     Raises:
         ValueError: `backend` is another one, onnxruntime is not installed, or the repository holds no export.

@@ -154,16 +154,8 @@ class MultiTaskConfig(PretrainedConfig):
     @property
     def encoder_config(self) -> PretrainedConfig:
         """A new native configuration of the encoder alone, for instance a `BertConfig`."""
-        own = (
-            "model_type",
-            "auto_map",
-            "custom_pipelines",
-            "pooling_mode",
-            "embedding_dim",
-            "num_task_layers",
-            "tasks",
-            "transformers_weights",
-        )
+        own = {"pooling_mode", "embedding_dim", "num_task_layers", "tasks", "transformers_weights"}
+        own |= {"model_type", "auto_map", "custom_pipelines"}
         fields = {name: value for name, value in self.to_dict().items() if name not in own}
         return CONFIG_MAPPING[self.model_type](**fields, attn_implementation=self._attn_implementation)
 

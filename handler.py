@@ -106,7 +106,7 @@ class EndpointHandler:
             places += [(number, index) for index in good]
         for options, texts, places in groups.values():
             for (number, index), record in zip(places, self.pipeline(texts, **options), strict=True):
-                answers[number][index] = _json_record(record)
+                answers[number][index] = {x: y.tolist() if x in VECTORS.values() else y for x, y in record.items()}
         return answers
 
     def _read_options(self, parameters: Any) -> dict[str, Any]:
@@ -151,7 +151,3 @@ def _read_texts(data: dict[str, Any]) -> list[Any]:
 def _short(value: Any) -> str:
     """Returns a value as it looks in Python, cut to a length fit for a message; nested ever so deep, it does no harm."""
     return f"{reprlib.repr(value):.80}"
-
-
-def _json_record(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.tolist() if name in VECTORS.values() else value for name, value in record.items()}

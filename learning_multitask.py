@@ -287,11 +287,8 @@ def score(kind: str, truth: list[Any], answers: list[Any]) -> Report:
         return {"metric": "r2", "score": float(1 - errors / max(spread, 1e-12))}
     pairs = list(zip(truth, answers, strict=True))
     if kind == LABEL:
-        metric, value, confused = (
-            "accuracy",
-            float(np.mean([x == y for x, y in pairs])),
-            [(x, y) for x, y in pairs if x != y],
-        )
+        metric, value = "accuracy", float(np.mean([x == y for x, y in pairs]))
+        confused = [(x, y) for x, y in pairs if x != y]
     else:
         metric, group = ("macro_f1", str) if kind == LABELS else ("entity_f1", lambda entity: "")  # one F1 for all entities
         said, hits = Counter(), Counter()

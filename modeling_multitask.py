@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -270,9 +270,9 @@ class MultiTaskModel(PreTrainedModel):
         if config.num_task_layers:
             path = _layer_path(encoder, config.num_hidden_layers)
             layers = encoder.get_submodule(".".join(path))
-            self.task_branch = TaskBranch(layers[-config.num_task_layers :], config.hidden_size)
-            # In a tuple, so that their shared modules are not registered a second time.
             below, above = layers[: -config.num_task_layers], layers[-config.num_task_layers :]
+            self.task_branch = TaskBranch(above, config.hidden_size)
+            # In a tuple, so that their shared modules are not registered a second time.
             self._views = (
                 _with_layers(encoder, path, below, is_trunk=True),
                 _with_layers(encoder, path, above),
@@ -280,15 +280,12 @@ class MultiTaskModel(PreTrainedModel):
             )
             for view in self._views[1:]:
                 view.embeddings = _HiddenAsEmbeddings()
-        self.heads = nn.ModuleDict({name: self.new_head(spec) for name, spec in config.task_specs.items()})
+        self.heads: Any = nn.ModuleDict({name: self.new_head(spec) for name, spec in config.task_specs.items()})
         self.post_init()
 
     def new_head(self, spec: TaskSpec) -> TaskHead:
         """Returns an untrained head for this encoder; the model keeps it only as `add_task` does."""
         return TaskHead(spec, self.config.hidden_size)
-
-    def _head(self, name: str) -> TaskHead:
-        return cast(TaskHead, self.heads[name])
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -357,13 +354,13 @@ class MultiTaskModel(PreTrainedModel):
         inputs, mask, casing = self._given(inputs, casing_ids)
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        sources = {source for name in names for source in READS[self._head(name).spec.reads]}
-        parts = "branch" in sources, output_embedding or "encoder" in sources
-        encoded, forked = self._encode(inputs, casing, *parts, wanted, kwargs)
+        sources = {source for name in names for source in READS[self.heads[name].spec.reads]}
+        sources |= {"encoder"} if output_embedding else set()
+        encoded, forked = self._encode(inputs, casing, sources, wanted, kwargs)
         hidden = {"branch": forked, "encoder": encoded.last_hidden_state}
 
-        logits = {name: self._head(name)(hidden, mask, casing, self.config.pooling_mode) for name in names}
-        task_losses = {name: task_loss(self._head(name).spec, logits[name], y) for name, y in (labels or {}).items()}
+        logits = {name: self.heads[name](hidden, mask, casing, self.config.pooling_mode) for name in names}
+        task_losses = {name: task_loss(self.heads[name].spec, logits[name], y) for name, y in (labels or {}).items()}
         embeddings = self._embed(encoded.last_hidden_state, mask) if output_embedding else {}
         return MultiTaskOutput(
             last_hidden_state=encoded.last_hidden_state,
@@ -385,13 +382,12 @@ class MultiTaskModel(PreTrainedModel):
         self,
         inputs: dict[str, Any],
         casing: Tensor,
-        with_branch: bool,
-        with_encoder: bool,
+        sources: set[str],
         wanted: dict[str, bool | None],
         kwargs: dict[str, Any],
     ) -> tuple[Any, Tensor]:
-        """Returns the encoder's output, and the branch's, float [B, T, H]; runs only the layers that are needed."""
-        if self.task_branch is None or not with_branch:
+        """Returns the encoder's output, and the branch's, float [B, T, H]; runs only the layers that `sources` need."""
+        if self.task_branch is None or "branch" not in sources:
             encoded = self.encoder(**inputs, **wanted, return_dict=True, **kwargs)
             return encoded, encoded.last_hidden_state
         trunk, top, branch = self._views
@@ -403,7 +399,7 @@ class MultiTaskModel(PreTrainedModel):
             forked = encoded.hidden_states[-1 - self.config.num_task_layers]
         else:  # layer by layer the same, without keeping what each of them gives
             forked = trunk(**inputs, **plain).last_hidden_state
-            encoded = top(inputs_embeds=forked, **above, **plain) if with_encoder else BaseModelOutput()
+            encoded = top(inputs_embeds=forked, **above, **plain) if "encoder" in sources else BaseModelOutput()
         return encoded, branch(inputs_embeds=self.task_branch(forked, casing), **above, **plain).last_hidden_state
 
     def _requested(self, tasks: Iterable[str] | None, labels: dict[str, Tensor] | None) -> list[str]:
@@ -548,11 +544,8 @@ class MultiTaskModel(PreTrainedModel):
 class _HeadView(MultiTaskModel):
     """The whole model, seen through one of its heads: the standard output and configuration of that one task.
 
-    The task becomes the first of the configuration, so that a saved view opens on the same head.
-
-    Args:
-        config: The model's configuration, which is copied.
-        task: Name of a task of the view's kind; None: the first one.
+    The task, by default the first of the view's kind, becomes the first of the configuration, which is copied: a saved view
+    opens on the same head.
 
     Raises:
         ValueError: There is no such task, or the configuration asks for labels that no task has.
@@ -574,7 +567,7 @@ class _HeadView(MultiTaskModel):
                 "remove_task(name) drops one."
             )
         super().__init__(config)
-        spec = self._head(self.task).spec
+        spec = self.heads[self.task].spec
         self.config.id2label = dict(enumerate(spec.labels))
         self.config.label2id = {label: i for i, label in enumerate(spec.labels)}
         self.config.problem_type = spec.problem_type

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import Pipeline
-from transformers.dynamic_module_utils import custom_object_save
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
@@ -39,13 +38,7 @@ def run_torch(
 
 
 def make_annotator(model: Any, tokenizer: Any, device: torch.device, backend: str = "torch") -> Annotator:
-    """Returns the annotator of a loaded model.
-
-    Args:
-        model: A `MultiTaskModel`, which is put into evaluation mode.
-        tokenizer: Its fast tokenizer.
-        device: Where the model is.
-        backend: One of `BACKENDS`.
+    """Returns the annotator of a `MultiTaskModel`, which is put into evaluation mode, and its fast tokenizer.
 
     Raises:
         ValueError: The tokenizer is slow or does not fit the model's vocabulary, or the backend is not there.
@@ -181,8 +174,3 @@ class MultiTaskPipeline(Pipeline):
             ValueError: There is no such task.
         """
         self.model.remove_task(name)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Saves the model, the tokenizer and the code of both model and pipeline."""
-        super().save_pretrained(save_directory, **kwargs)
-        custom_object_save(self, save_directory)

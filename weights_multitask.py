@@ -67,11 +67,8 @@ def read_index(path: str | Path) -> dict[str, Any]:
 def file_problems(index: dict[str, Any] | None, locate: Callable[[str], str | Path | None]) -> list[str]:
     """Returns one line for each way in which the stored files differ from what the index says, from their headers alone.
 
-    Files of up to 32 MB are also compared with the digests in the index, if it has them.
-
-    Args:
-        index: The index of a release; None for a checkpoint, which has none.
-        locate: Returns the local path of a file that the index names.
+    A checkpoint has no index. `locate` returns the local path of a file that the index names. Files of up to 32 MB are also
+    compared with the digests in the index, if it has them.
     """
     weight_map = index["weight_map"] if index else {}
     digests = index["metadata"].get("sha256", {}) if index else {}
@@ -167,12 +164,8 @@ def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
 def load_release(folder: str | Path, index: str, prefix: str) -> dict[str, Tensor]:
     """Returns the state dict of a release folder, after the same checks that `from_pretrained` makes.
 
-    For environments whose transformers cannot read an index, such as Inference Endpoints.
-
-    Args:
-        folder: The release.
-        index: Name of its index file.
-        prefix: The model's `base_model_prefix`.
+    For environments whose transformers cannot read an index, such as Inference Endpoints. `index` is the name of the index
+    file, `prefix` the model's `base_model_prefix`.
 
     Raises:
         WeightsError: A file is missing, broken or of another release, or holds other keys than the index says.

@@ -22,12 +22,7 @@ OWN_NAMES = re.compile(rf"({LOCK}|{SETTINGS}|weights|\d{{8}}-[0-9a-f]{{16}}\.(js
 
 
 class Output:
-    """The output file and the files that belong to it.
-
-    Args:
-        path: The output, .jsonl or .parquet.
-        side: Folder for all other files; None: beside the output.
-    """
+    """The output file, .jsonl or .parquet, and the files that belong to it, in the folder `side` or else beside it."""
 
     def __init__(self, path: Path, side: Path | None = None) -> None:
         side = side or path.parent

@@ -87,12 +87,9 @@ def annotate_folder(
 ) -> int:
     """Writes an output file for every input file; returns the number of rows that could not be annotated.
 
-    Args:
-        folders: Where the files are.
-        settings: How to annotate. The default device is the CPU.
-        workers: Number of actors, each with one core, or one GPU if the device is a GPU.
-        resume: Whether the output folder may hold shards of an earlier run.
-        progress_bar: Called with the number of shards and the unit; returns a `Progress` that is told of every shard.
+    Each of the workers is an actor with one core, or one GPU if the device is a GPU; the default device is the CPU. With
+    `resume`, the output folder may hold shards of an earlier run. `progress_bar` is called with the number of shards and the
+    unit, and returns a `Progress` that is told of every shard.
 
     Raises:
         InputError: Ray is not installed, the earlier run had other settings, or a shard failed; the others are complete.

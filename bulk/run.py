@@ -38,15 +38,9 @@ def annotate_file(
 ) -> int:
     """Writes the result of every row to a file, in order, and returns the number of rows that could not be annotated.
 
-    Args:
-        rows: What `Source.rows` yields.
-        output: Where to write. An existing output is replaced at the end, in one step.
-        annotator: The model.
-        identity: What a resumed run must have in common with the first one. If it holds what `Source.identity` returned,
-            the rows are compared with it before they become the output.
-        progress: Told of every chunk.
-        resume: Whether to continue from the parts of an earlier run, if there are any; otherwise they are removed.
-        workers: Number of processes that compute.
+    An existing output is replaced at the end, in one step. `identity` is what a resumed run must have in common with the
+    first one; if it holds what `Source.identity` returned, the rows are compared with it before they become the output.
+    `resume` continues from the parts of an earlier run, if there are any; otherwise they are removed.
 
     Raises:
         InputError: The rows cannot be read or have changed, another process writes this output, a worker died, or the
