@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Stopped(KeyboardInterrupt):
     """The process was asked to end (SIGTERM)."""
 
 
-class Bar(Progress):
+class Bar(Progress, AbstractContextManager):
     """Shows on standard error the progress of a run, its speed and the time left.
 
     `total` is the number of units to expect, if it is known. If the unit is not texts, each call of `add` counts one.
@@ -43,9 +44,6 @@ class Bar(Progress):
 
         self.start = time.monotonic()
         self.bar = tqdm(total=total, unit=unit, smoothing=0)
-
-    def __enter__(self) -> "Bar":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()

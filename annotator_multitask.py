@@ -169,13 +169,12 @@ class BioScheme:
     """The labels of one token task, in the order of the logits, as a BIO scheme: `I-X` may follow `B-X` and `I-X` only."""
 
     def __init__(self, labels: list[str]) -> None:
-        types = [label[2:] for label in labels]
+        self.groups = [label[2:] for label in labels]  # "" for "O"
         self.is_begin = np.array([label.startswith("B-") for label in labels])
         self.is_inside = np.array([label.startswith("I-") for label in labels])
         self.outside = labels.index("O")
-        same_type = np.array([[a == b for b in types] for a in types])
+        same_type = np.array([[a == b for b in self.groups] for a in self.groups])
         self.allowed = ~self.is_inside[None, :] | (same_type & (self.is_begin | self.is_inside)[:, None])  # [from, to]
-        self.groups = types
 
     def decode(self, scores: np.ndarray, first_words: np.ndarray) -> np.ndarray:
         """Returns the best allowed label of every word, int [W], over all texts at once.
@@ -289,7 +288,7 @@ def label_order(tasks: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 class OnnxModel:
-    """The export in a model's repository, run by ONNX Runtime on the CPU; of its graphs, the smallest that gives what is asked.
+    """The export of a model, run by ONNX Runtime on the CPU; of its graphs, the smallest that gives what is asked for.
 
     Raises:
         ValueError: `backend` is another one, onnxruntime is not installed, or the repository holds no export.

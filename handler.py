@@ -96,16 +96,15 @@ class EndpointHandler:
     def answer(self, requests: list[tuple[list[Any], dict[str, Any]]]) -> list[list[dict[str, Any]]]:
         """Returns the answer of each request that `read` gave; texts with the same options share the model's batches."""
         answers: list[list[dict[str, Any]]] = []
-        groups: dict[str, tuple[dict[str, Any], list[str], list[tuple[int, int]]]] = {}
+        groups: dict[str, list[tuple[int, int]]] = {}  # maps options to the places of their texts
         for number, (items, options) in enumerate(requests):
             problems = [text_problem(item) for item in items]
             answers.append([{"error": f"inputs[{index}] {problem}."} for index, problem in enumerate(problems)])
-            _, texts, places = groups.setdefault(json.dumps(options), (options, [], []))
-            good = [index for index, problem in enumerate(problems) if problem is None]
-            texts += [items[index] for index in good]
-            places += [(number, index) for index in good]
-        for options, texts, places in groups.values():
-            for (number, index), record in zip(places, self.pipeline(texts, **options), strict=True):
+            places = groups.setdefault(json.dumps(options), [])
+            places += [(number, index) for index, problem in enumerate(problems) if problem is None]
+        for key, places in groups.items():
+            texts = [requests[number][0][index] for number, index in places]
+            for (number, index), record in zip(places, self.pipeline(texts, **json.loads(key)), strict=True):
                 answers[number][index] = {x: y.tolist() if x in VECTORS.values() else y for x, y in record.items()}
         return answers
 

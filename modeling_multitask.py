@@ -208,11 +208,7 @@ class _HiddenAsEmbeddings(nn.Module):
 
 
 def _layer_path(encoder: nn.Module, count: int) -> list[str]:
-    """Returns the attribute path to the encoder's list of layers, such as ["encoder", "layer"].
-
-    Raises:
-        ValueError: No list of that many layers is found, or the encoder has no `embeddings`.
-    """
+    """Returns the attribute path to the encoder's list of `count` layers, such as ["encoder", "layer"]."""
     for name, module in encoder.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and hasattr(encoder, "embeddings"):
             return name.split(".")

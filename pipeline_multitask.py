@@ -164,8 +164,7 @@ class MultiTaskPipeline(Pipeline):
             from .learning_multitask import add_task  # type: ignore[import-not-found]  # mypy checks without a package
         except ImportError:
             from learning_multitask import add_task
-        options = {"labels": labels, "seed": seed, "progress": progress, "refit": refit}
-        return add_task(self.annotator, name, texts, targets, **options, **settings)
+        return add_task(self.annotator, name, texts, targets, labels, seed, progress, refit, **settings)
 
     def remove_task(self, name: str) -> None:
         """Removes a task; every other output stays as it is, to the bit.

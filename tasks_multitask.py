@@ -132,14 +132,11 @@ class TaskSpec:
         self._require(bool(well_formed), "labels", "a non-empty list of non-empty strings")
         self._require(len(set(labels)) == len(labels), "labels", "a list without duplicates")
         if self.is_bio:
-            self._require(
-                "O" in labels and all(x == "O" or x.startswith(("B-", "I-")) for x in labels),
-                "labels", "in a BIO scheme only 'O', 'B-<type>' and 'I-<type>', 'O' among them",
-            )  # fmt: skip
-            self._require(
-                all("B-" + x[2:] in labels for x in labels if x.startswith("I-")),
-                "labels", "in a BIO scheme a 'B-<type>' for every 'I-<type>' (convert IO or IOB1 tags to BIO first)",
-            )  # fmt: skip
+            is_scheme = "O" in labels and all(x == "O" or x.startswith(("B-", "I-")) for x in labels)
+            self._require(is_scheme, "labels", "in a BIO scheme only 'O', 'B-<type>' and 'I-<type>', 'O' among them")
+            have_begin = all("B-" + x[2:] in labels for x in labels if x.startswith("I-"))
+            allowed = "in a BIO scheme a 'B-<type>' for every 'I-<type>' (convert IO or IOB1 tags to BIO first)"
+            self._require(have_begin, "labels", allowed)
 
     def _check_problem_type(self) -> None:
         if self.kind == TOKEN:
@@ -151,10 +148,7 @@ class TaskSpec:
         several = self.problem_type == PROBLEM_TYPES[1]
         allowed = f"null, or for {PROBLEM_TYPES[1]} one of the labels"
         self._require(self.fallback is None or (several and self.fallback in self.labels), "fallback", allowed)
-        if self.thresholds is not None:
-            values = self.thresholds
+        if (values := self.thresholds) is not None:
             well_formed = isinstance(values, list) and all(is_number(x) and 0 <= x <= 1 for x in values)
-            self._require(
-                self.problem_type == PROBLEM_TYPES[1] and well_formed and len(values) == len(self.labels),
-                "thresholds", f"null, or for multi_label_classification a list of {len(self.labels)} numbers in [0, 1]",
-            )  # fmt: skip
+            allowed = f"null, or for {PROBLEM_TYPES[1]} a list of {len(self.labels)} numbers in [0, 1]"
+            self._require(several and well_formed and len(values) == len(self.labels), "thresholds", allowed)

@@ -14,6 +14,7 @@ import pyarrow
 from annotator_multitask import ONNX_FILES, checked_options, cpu_threads
 from annotator_multitask import Annotator as Core
 from bulk.sources import InputError, Item
+from tasks_multitask import sha256
 
 MODEL_FILES = ("config.json", "tokenizer*.json", "*_multitask.py", "*.safetensors", "*/*.safetensors", "onnx/*.onnx")
 PIPELINE_OPTIONS = ("revision", "device", "backend", "dtype")
@@ -50,12 +51,9 @@ def _content(model: str, revision: str | None) -> str:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=True)._commit_hash
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in MODEL_FILES for path in Path(model).glob(pattern)):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    files = sorted(path for pattern in MODEL_FILES for path in Path(model).glob(pattern))
+    digests = [sha256(path) for path in [*files, *sorted(Path(__file__).parent.glob("*.py"))]]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _load(settings: Settings) -> Core:
@@ -76,12 +74,7 @@ def _load(settings: Settings) -> Core:
 
 
 class Annotator:
-    """A loaded model, called with the same options every time.
-
-    Raises:
-        InputError: The model cannot be loaded.
-        ValueError: An option has a value that is not allowed.
-    """
+    """A loaded model, called with the same options every time; a model that does not load raises an InputError."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -34,11 +34,7 @@ class Output:
         self.record = side / f".{path.name}.run.json"  # says of a complete output what `settings` says of an incomplete one
 
     def is_unfinished(self) -> bool:
-        """Returns whether an earlier run can be resumed.
-
-        Raises:
-            InputError: The folder of parts belongs to somebody else.
-        """
+        """Returns whether an earlier run can be resumed; raises an InputError if the folder of parts is somebody else's."""
         self._check_owner()
         return self.settings.exists()
 

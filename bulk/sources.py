@@ -69,11 +69,7 @@ class Source:
         return self.name == "-" or (Path(self.name).exists() and not Path(self.name).is_file())
 
     def rows(self) -> Iterator[Row]:
-        """Yields one row at a time.
-
-        Raises:
-            InputError: The file cannot be read, or does not have the column exactly once.
-        """
+        """Yields one row at a time; raises an InputError if the file cannot be read, or lacks or repeats the column."""
         try:
             if not self.is_stream:
                 _refuse_other_encodings(self.name)

@@ -20,11 +20,7 @@ _annotator: Annotator  # of a worker process
 def write_parts(
     jobs: Iterable[tuple[Path, list[Item]]], annotator: Annotator, folder: Path, workers: int
 ) -> Iterator[tuple[int, int]]:
-    """Yields what `write_part` returns for each job, in the order in which they finish.
-
-    Raises:
-        InputError: A worker process died.
-    """
+    """Yields what `write_part` returns for each job, as they finish; raises an InputError if a worker process died."""
     weights = _share_weights(annotator, folder)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (annotator.settings, weights))
     pending, others = set(), active_children()
