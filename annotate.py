@@ -175,16 +175,14 @@ def _check_output(args: argparse.Namespace) -> None:
         raise InputError(f"--output {path} would overwrite the input; choose another name")
     if args.resume and not (args.input and Path(args.input).is_file()):
         raise InputError("--resume needs --input FILE; standard input and pipes cannot be read again")
-    is_unfinished = output.is_unfinished()
-    if args.resume or args.overwrite:
-        return
-    if is_unfinished:
+    is_new = not (args.resume or args.overwrite)
+    if output.is_unfinished() and is_new:
         raise InputError(
             f"--output {path}: {output.partial} holds a run that was stopped; continue it with --resume, or start again "
             "with --overwrite"
         )
     for existing in (path, output.rejects):
-        if existing.exists():
+        if is_new and existing.exists():
             raise InputError(f"--output {path}: {existing} exists; choose another name or add --overwrite")
 
 

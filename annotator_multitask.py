@@ -427,9 +427,8 @@ class Annotator:
             raise ValueError(f"{source} holds no tokenizer.json. Fetch the folder again.")
         tokenizer, pad = Tokenizer.from_file(path), model.read("tokenizer_config.json").get("pad_token")
         pad_token_id = tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad) if pad else None
-        return cls(
-            model, tokenizer, model.max_length, pad_token_id or 0, OnnxModel(model, backend), backend, threads=threads
-        )
+        forward = OnnxModel(model, backend)
+        return cls(model, tokenizer, model.max_length, pad_token_id or 0, forward, backend, threads=threads)
 
     def stream(
         self,

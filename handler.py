@@ -40,11 +40,7 @@ PARAMETERS = ("tasks", "embedding", "min_score")
 
 
 def load_model(folder: Path) -> MultiTaskModel:
-    """Returns the model of a release folder, in float32.
-
-    Raises:
-        WeightsError: A weight is missing, unexpected or of another shape, a file is broken, or the index is malformed.
-    """
+    """Returns the model of a release folder, in float32; raises a WeightsError if its files do not make a whole model."""
     fields = json.loads((folder / "config.json").read_text("utf-8"))
     model = MultiTaskModel(MultiTaskConfig(**{**fields, "dtype": torch.float32}))
     try:

@@ -478,15 +478,14 @@ def train_words(
     return best[:2]
 
 
-def learn_words(
-    annotator: Any, name: str, examples: Examples, windows: list[list[Window]], seed: int, progress: bool, epochs: int | None
-) -> Report:
+def learn_words(annotator: Any, name: str, examples: Examples, seed: int, progress: bool, epochs: int | None) -> Report:
     """Trains the head of a token task and returns what the report says of it.
 
     The fifth that is held out says after which epoch to stop; the head is then trained so far on all rows.
     """
     model, config, masks = annotator.model, annotator.model.config, held_out(examples, seed)
     tags, out = config.tasks[name]["labels"], masks[0] if masks else np.zeros(len(examples.rows), dtype=bool)
+    windows = list(read(annotator, name, examples.texts, progress))
     parts: dict[bool, list[Words]] = {False: [], True: []}
     for text, spans, is_out in zip(examples.rows, examples.targets, out.tolist(), strict=True):
         parts[is_out] += [(x, x.logits[name], word_tags(x, spans, tags)) for x in windows[text] if x.words]
@@ -561,8 +560,7 @@ def _learn(
     probe.casing, probe.dense, probe.classifier = None, None, nn.Identity()
     model.heads[name] = probe.eval()
     if examples.kind == ENTITIES:
-        windows = list(read(annotator, name, examples.texts, progress))
-        return learn_words(annotator, name, examples, windows, seed, progress, epochs)
+        return learn_words(annotator, name, examples, seed, progress, epochs)
     features = read_pooled(annotator, name, examples.texts, progress, len(READS[spec["reads"]]) * config.hidden_size)
     weights, fields, learned = learn_texts(examples, features, seed, progress)
     config.set_tasks({**config.tasks, name: {**spec, **fields}})

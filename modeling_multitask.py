@@ -474,22 +474,16 @@ class MultiTaskModel(PreTrainedModel):
             )
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         with_info = kwargs.pop("output_loading_info", False)
-        kwargs.pop("ignore_mismatched_sizes", None)  # never: it would leave random weights
         if not isinstance(config, PretrainedConfig):
             source = pretrained_model_name_or_path if config is None else config
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
             kwargs = {**kwargs, **hub}
+        # Mismatched sizes are reported below, with the field that disagrees.
+        kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
         folder = pretrained_model_name_or_path
         weight_map = check_stored(folder, config, hub)
         try:
-            model, info = super().from_pretrained(
-                folder,
-                *args,
-                config=config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are reported below, with the field that disagrees
-                **kwargs,
-            )
+            model, info = super().from_pretrained(folder, *args, **kwargs)
         except (ImportError, ValueError):
             raise
         except Exception as error:  # of as many types as there are encoders and files

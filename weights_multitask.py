@@ -92,11 +92,9 @@ def file_problems(index: dict[str, Any] | None, locate: Callable[[str], str | Pa
 
 def _key_problems(file: str, stored: dict[str, str], named: set[str]) -> list[str]:
     weights = {key for key, dtype in stored.items() if dtype.startswith(("F", "BF"))}
+    others = sorted(named & set(stored) - weights)
     problems = [f"{key}: missing in {file}" for key in sorted(named - set(stored))]
-    problems += [
-        f"{key}: {file} has dtype {stored[key]}; weights must be floating-point"
-        for key in sorted(named & set(stored) - weights)
-    ]
+    problems += [f"{key}: {file} has dtype {stored[key]}; weights must be floating-point" for key in others]
     # Integers are buffers, such as the `position_ids` of older checkpoints, which the model computes itself.
     return problems + [f"{key}: stored in {file}, but the index does not name it there" for key in sorted(weights - named)]
 
@@ -133,15 +131,11 @@ def loading_problems(info: dict[str, Any], weight_map: dict[str, str], config: M
     def where(key: str) -> str:  # the index holds the encoder's keys without the model's prefix
         return weight_map.get(key) or weight_map.get(key.partition(".")[2]) or "the stored weights"
 
-    problems = [f"{key}: missing in {where(key)}{_hint(key, config)}" for key in sorted(info["missing_keys"])]
-    problems += [
-        f"{key}: stored, but config.json describes no such weight{_hint(key, config)}"
-        for key in sorted(info["unexpected_keys"])
-    ]
-    return problems + [
-        f"{key}: {where(key)} holds shape {list(stored)}, config.json asks for {list(expected)}{_hint(key, config)}"
-        for key, stored, expected in sorted(info["mismatched_keys"])
-    ]
+    problems = [(key, f"missing in {where(key)}") for key in sorted(info["missing_keys"])]
+    problems += [(key, "stored, but config.json describes no such weight") for key in sorted(info["unexpected_keys"])]
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        problems.append((key, f"{where(key)} holds shape {list(stored)}, config.json asks for {list(expected)}"))
+    return [f"{key}: {problem}{_hint(key, config)}" for key, problem in problems]
 
 
 def _hint(key: str, config: MultiTaskConfig) -> str:

@@ -100,9 +100,8 @@ def annotate_folder(
     shards = folders.shards()
     annotator = Annotator(replace(settings, device="cpu"))  # refuses an unknown model or task before Ray starts
     formats = {f"shard {shard}": folders.source_of(shard).file_format for shard in shards}
-    _open_folder(
-        folders, {**annotator.identity(), "--device": settings.device, "--text-column": folders.column, **formats}, resume
-    )
+    identity = {**annotator.identity(), "--device": settings.device, "--text-column": folders.column, **formats}
+    _open_folder(folders, identity, resume)
     rejects, failed = 0, []
     with progress_bar(len(shards), " shards") as progress:
         try:
