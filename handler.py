@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a server loads this file alone, by its path
 from annotator_multitask import VECTORS, text_problem
-from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig
+from configuration_multitask import MultiTaskConfig
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from tasks_multitask import is_number
@@ -44,7 +44,7 @@ def load_model(folder: Path) -> MultiTaskModel:
     fields = json.loads((folder / "config.json").read_text("utf-8"))
     model = MultiTaskModel(MultiTaskConfig(**{**fields, "dtype": torch.float32}))
     try:
-        model.load_state_dict(load_release(folder, WEIGHTS_INDEX, model.base_model_prefix))
+        model.load_state_dict(load_release(folder, model.base_model_prefix))
     except RuntimeError as error:
         raise WeightsError(f"{folder} is not a whole model: {error}") from error
     return model

@@ -563,11 +563,7 @@ class _HeadView(MultiTaskModel):
         self.config.problem_type = spec.problem_type
 
     def remove_task(self, name: str) -> None:
-        """Removes another head than the one that is shown.
-
-        Raises:
-            ValueError: There is no such task, or it is the one that this view shows.
-        """
+        """Removes another head than the one that is shown; raises a ValueError for that one, and if there is no such task."""
         if name == self.task:
             raise ValueError(f"This view shows the task {name!r}; load the model with another task= to remove it.")
         super().remove_task(name)

@@ -16,10 +16,10 @@ from transformers.utils import cached_file
 
 try:
     if not TYPE_CHECKING:  # mypy checks these files outside a package
-        from .configuration_multitask import MultiTaskConfig, is_inside
+        from .configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig, is_inside
         from .tasks_multitask import sha256
 except ImportError:  # no package around this file: imported from the repository's root, by its own scripts
-    from configuration_multitask import MultiTaskConfig, is_inside
+    from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig, is_inside
     from tasks_multitask import sha256
 
 CHECKPOINT_FILE = "model.safetensors"
@@ -155,21 +155,21 @@ def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
     ]
 
 
-def load_release(folder: str | Path, index: str, prefix: str) -> dict[str, Tensor]:
+def load_release(folder: str | Path, prefix: str) -> dict[str, Tensor]:
     """Returns the state dict of a release folder, after the same checks that `from_pretrained` makes.
 
-    For environments whose transformers cannot read an index, such as Inference Endpoints. `index` is the name of the index
-    file, `prefix` the model's `base_model_prefix`.
+    For environments whose transformers cannot read an index, such as Inference Endpoints. `prefix` is the model's
+    `base_model_prefix`.
 
     Raises:
         WeightsError: A file is missing, broken or of another release, or holds other keys than the index says.
     """
-    content = read_index(Path(folder, index))
-    refuse(folder, file_problems(content, lambda file: Path(folder, file)))
+    index = read_index(Path(folder, WEIGHTS_INDEX))
+    refuse(folder, file_problems(index, lambda file: Path(folder, file)))
     found = {}
-    for file in sorted(set(content["weight_map"].values())):
+    for file in sorted(set(index["weight_map"].values())):
         with safe_open(Path(folder, file), framework="pt") as weights:
-            for key in [key for key, place in content["weight_map"].items() if place == file]:
+            for key in [key for key, place in index["weight_map"].items() if place == file]:
                 found[key if key.startswith(MODEL_PARTS) else f"{prefix}.{key}"] = weights.get_tensor(key)
     refuse(folder, not_finite(found.items()))
     return found

@@ -14,7 +14,7 @@ import pyarrow
 from annotator_multitask import ONNX_FILES, checked_options, cpu_threads
 from annotator_multitask import Annotator as Core
 from bulk.sources import InputError, Item
-from tasks_multitask import sha256
+from tasks_multitask import TOKEN, sha256
 
 MODEL_FILES = ("config.json", "tokenizer*.json", "*_multitask.py", "*.safetensors", "*/*.safetensors", "onnx/*.onnx")
 PIPELINE_OPTIONS = ("revision", "device", "backend", "dtype")
@@ -122,30 +122,26 @@ class Annotator:
     def schema(self) -> pyarrow.Schema:
         """Returns the parquet schema of the results."""
         config, names = self.core.model.config, self.settings.tasks
-        specs = {name: spec for name, spec in config.task_specs.items() if names is None or name in names}
-        return results_schema(specs, (config.embedding_dim or config.hidden_size) if self.settings.embedding else None)
-
-
-def results_schema(specs: dict[str, Any], embedding_dim: int | None) -> pyarrow.Schema:
-    """Returns the parquet schema of results with the tasks of `specs` and, unless None, an embedding."""
-    text, number, index = pyarrow.string(), pyarrow.float32(), pyarrow.int64()
-    entity = pyarrow.struct({"entity_group": text, "score": number, "word": text, "start": index, "end": index})
-    labels, entities = {}, {}
-    for name, spec in specs.items():
-        scores = pyarrow.struct(dict.fromkeys(spec.labels, number))
-        if spec.kind == "token_classification":
-            entities[name] = pyarrow.list_(entity)
-        elif spec.problem_type == "regression":
-            labels[name] = pyarrow.struct({"values": scores})
-        elif spec.problem_type == "multi_label_classification":
-            labels[name] = pyarrow.struct({"labels": pyarrow.list_(text), "scores": scores})
-        else:
-            labels[name] = pyarrow.struct({"label": text, "score": number, "scores": scores})
-    columns = {"row": index, "text": text, "error": text}
-    if embedding_dim:
-        columns["sentence_embedding"] = pyarrow.list_(number, embedding_dim)
-    columns |= {name: pyarrow.struct(tasks) for name, tasks in (("labels", labels), ("entities", entities)) if tasks}
-    return pyarrow.schema(columns)
+        text, number, index = pyarrow.string(), pyarrow.float32(), pyarrow.int64()
+        entity = pyarrow.struct({"entity_group": text, "score": number, "word": text, "start": index, "end": index})
+        labels, entities = {}, {}
+        for name, spec in config.task_specs.items():
+            if names is not None and name not in names:
+                continue
+            scores = pyarrow.struct(dict.fromkeys(spec.labels, number))
+            if spec.kind == TOKEN:
+                entities[name] = pyarrow.list_(entity)
+            elif spec.problem_type == "regression":
+                labels[name] = pyarrow.struct({"values": scores})
+            elif spec.problem_type == "multi_label_classification":
+                labels[name] = pyarrow.struct({"labels": pyarrow.list_(text), "scores": scores})
+            else:
+                labels[name] = pyarrow.struct({"label": text, "score": number, "scores": scores})
+        columns = {"row": index, "text": text, "error": text}
+        if self.settings.embedding:
+            columns["sentence_embedding"] = pyarrow.list_(number, config.embedding_dim or config.hidden_size)
+        columns |= {name: pyarrow.struct(tasks) for name, tasks in (("labels", labels), ("entities", entities)) if tasks}
+        return pyarrow.schema(columns)
 
 
 def annotate(chunk: list[Item], run: Run) -> list[Result]:
