@@ -302,8 +302,7 @@ class OnnxModel:
             raise ValueError(f"backend is {backend!r}; it needs onnxruntime: pip install onnxruntime ({error})") from error
         source, file = model.name_or_path, ONNX_FILES[backend]
         found = {part: locate(source, onnx_part(file, part), model.hub_options) for part in ("", *ONNX_PARTS)}
-        whole = found[""]
-        if whole is None:
+        if (whole := found[""]) is None:
             raise ValueError(
                 f"backend is {backend!r}; {source} holds no {file}. Write it with: python -m release.onnx {source}"
             )
@@ -446,7 +445,8 @@ class Annotator:
         if isinstance(texts, str):
             raise ValueError(f"texts is the text {reprlib.repr(texts)}; allowed: an iterable of texts, such as [text].")
         known = list(self.model.config.tasks)
-        names = checked_options(known, tasks, embedding, batch_tokens, min_score).get("tasks", known)
+        given = {"tasks": tasks, "embedding": embedding, "batch_tokens": batch_tokens, "min_score": min_score}
+        names = checked_options(known, **given).get("tasks", known)
         for chunk in text_chunks(texts):
             distinct = list(dict.fromkeys(chunk))  # the same text is computed once
             by_text = self.read(distinct, names, VECTORS[embedding], batch_tokens)
@@ -525,36 +525,27 @@ class Annotator:
         return records
 
 
-def checked_options(
-    known: Iterable[str],
-    tasks: Iterable[str] | None = None,
-    embedding: bool | str | None = None,
-    batch_tokens: int | None = None,
-    min_score: float | None = None,
-    **unknown: Any,
-) -> dict[str, Any]:
-    """Returns those of the options of `Annotator.stream` that are given; `known` are the names of the model's tasks.
+def checked_options(known: Iterable[str], **options: Any) -> dict[str, Any]:
+    """Returns those of the options of `Annotator.stream` that are not None; `known` are the names of the model's tasks.
 
     Raises:
         ValueError: An option is not allowed; the message names it and what is.
     """
-    if unknown:
+    if unknown := sorted(set(options) - {"tasks", "embedding", "batch_tokens", "min_score"}):
         raise ValueError(
-            f"unknown options {sorted(unknown)}; the multitask pipeline takes tasks, embedding, min_score and batch_tokens "
+            f"unknown options {unknown}; the multitask pipeline takes tasks, embedding, min_score and batch_tokens "
             "(tokens in one batch, where other pipelines have batch_size). It reads long texts whole and never truncates."
         )
-    if tasks is not None:
-        tasks = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
-        if missing := [name for name in tasks if name not in known]:
+    given = {name: value for name, value in options.items() if value is not None}
+    if (tasks := given.get("tasks")) is not None:
+        given["tasks"] = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
+        if missing := [name for name in given["tasks"] if name not in known]:
             raise ValueError(f"tasks holds {missing}; this model's tasks are: {', '.join(known) or 'none'}.")
-    is_known = embedding is None or isinstance(embedding, bool) or embedding == "encoder"
-    require(is_known, "embedding", embedding, "true, false or 'encoder'")
-    is_count = batch_tokens is None or (type(batch_tokens) is int and batch_tokens > 0)
-    require(is_count, "batch_tokens", batch_tokens, "a positive integer")
-    is_share = min_score is None or (is_number(min_score) and 0 <= min_score <= 1)
-    require(is_share, "min_score", min_score, "a number in [0, 1]")
-    given = {"tasks": tasks, "embedding": embedding, "batch_tokens": batch_tokens, "min_score": min_score}
-    return {name: value for name, value in given.items() if value is not None}
+    embedding, tokens, least = given.get("embedding", True), given.get("batch_tokens", 1), given.get("min_score", 0)
+    require(isinstance(embedding, bool) or embedding == "encoder", "embedding", embedding, "true, false or 'encoder'")
+    require(type(tokens) is int and tokens > 0, "batch_tokens", tokens, "a positive integer")
+    require(is_number(least) and 0 <= least <= 1, "min_score", least, "a number in [0, 1]")
+    return given
 
 
 def checked_text(index: int, text: Any) -> Any:

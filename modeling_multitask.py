@@ -201,17 +201,15 @@ class TaskBranch(nn.Module):
 class _HiddenAsEmbeddings(nn.Module):
     """Stands in for an encoder's embeddings where token vectors are passed in that have gone through lower layers."""
 
-    def forward(
-        self, input_ids: Any = None, inputs_embeds: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor | None:
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, *args: Any, **kwargs: Any) -> Any:
         return inputs_embeds
 
 
-def _layer_path(encoder: nn.Module, count: int) -> list[str]:
-    """Returns the attribute path to the encoder's list of `count` layers, such as ["encoder", "layer"]."""
+def _find_layers(encoder: nn.Module, count: int) -> tuple[list[str], nn.ModuleList]:
+    """Returns the attribute path to the encoder's list of `count` layers, such as ["encoder", "layer"], and the list."""
     for name, module in encoder.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and hasattr(encoder, "embeddings"):
-            return name.split(".")
+            return name.split("."), module
     raise ValueError(
         f"num_task_layers needs an encoder with a list of its {count} layers and 'embeddings'; {type(encoder).__name__} has "
         "none. Use num_task_layers=0, or another encoder."
@@ -264,18 +262,14 @@ class MultiTaskModel(PreTrainedModel):
         self.linear = nn.Linear(config.hidden_size, config.embedding_dim, bias=False) if config.embedding_dim else None
         self.task_branch: TaskBranch | None = None
         if config.num_task_layers:
-            path = _layer_path(encoder, config.num_hidden_layers)
-            layers = encoder.get_submodule(".".join(path))
+            path, layers = _find_layers(encoder, config.num_hidden_layers)
             below, above = layers[: -config.num_task_layers], layers[-config.num_task_layers :]
             self.task_branch = TaskBranch(above, config.hidden_size)
+            trunk = _with_layers(encoder, path, below, is_trunk=True)
+            top, branch = (_with_layers(encoder, path, layers) for layers in (above, self.task_branch.layers))
+            top.embeddings = branch.embeddings = _HiddenAsEmbeddings()
             # In a tuple, so that their shared modules are not registered a second time.
-            self._views = (
-                _with_layers(encoder, path, below, is_trunk=True),
-                _with_layers(encoder, path, above),
-                _with_layers(encoder, path, self.task_branch.layers),
-            )
-            for view in self._views[1:]:
-                view.embeddings = _HiddenAsEmbeddings()
+            self._views = trunk, top, branch
         self.heads: Any = nn.ModuleDict({name: self.new_head(spec) for name, spec in config.task_specs.items()})
         self.post_init()
 
@@ -301,9 +295,8 @@ class MultiTaskModel(PreTrainedModel):
     def reset_branch(self) -> None:
         """Makes the task branch a copy of the encoder's last layers again, without casing features."""
         if self.task_branch is not None:
-            path = _layer_path(self.encoder, self.config.num_hidden_layers)
-            layers = self.encoder.get_submodule(".".join(path))[-self.config.num_task_layers :]
-            self.task_branch.layers.load_state_dict(layers.state_dict())
+            _, layers = _find_layers(self.encoder, self.config.num_hidden_layers)
+            self.task_branch.layers.load_state_dict(layers[-self.config.num_task_layers :].state_dict())
             self.task_branch.casing.weight.zero_()
 
     @can_return_tuple
@@ -349,10 +342,10 @@ class MultiTaskModel(PreTrainedModel):
         }  # fmt: skip
         inputs, mask, casing = self._given(inputs, casing_ids)
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        options = {**kwargs, "output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         sources = {source for name in names for source in READS[self.heads[name].spec.reads]}
         sources |= {"encoder"} if output_embedding else set()
-        encoded, forked = self._encode(inputs, casing, sources, wanted, kwargs)
+        encoded, forked = self._encode(inputs, casing, sources, options)
         hidden = {"branch": forked, "encoder": encoded.last_hidden_state}
 
         logits = {name: self.heads[name](hidden, mask, casing, self.config.pooling_mode) for name in names}
@@ -375,23 +368,18 @@ class MultiTaskModel(PreTrainedModel):
         return {"sentence_embedding": normalize(projected), "encoder_embedding": normalize(pooled)}
 
     def _encode(
-        self,
-        inputs: dict[str, Any],
-        casing: Tensor,
-        sources: set[str],
-        wanted: dict[str, bool | None],
-        kwargs: dict[str, Any],
+        self, inputs: dict[str, Any], casing: Tensor, sources: set[str], options: dict[str, Any]
     ) -> tuple[Any, Tensor]:
         """Returns the encoder's output, and the branch's, float [B, T, H]; runs only the layers that `sources` need."""
+        options = {**options, "return_dict": True}
         if self.task_branch is None or "branch" not in sources:
-            encoded = self.encoder(**inputs, **wanted, return_dict=True, **kwargs)
+            encoded = self.encoder(**inputs, **options)
             return encoded, encoded.last_hidden_state
         trunk, top, branch = self._views
-        kwargs = {**kwargs, "return_dict": True}
-        plain = {**kwargs, "output_hidden_states": False, "output_attentions": False}
+        plain = {**options, "output_hidden_states": False, "output_attentions": False}
         above = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
-        if any(wanted.values()):
-            encoded = self.encoder(**inputs, **{**wanted, "output_hidden_states": True}, **kwargs)
+        if options["output_hidden_states"] or options["output_attentions"]:
+            encoded = self.encoder(**inputs, **{**options, "output_hidden_states": True})
             forked = encoded.hidden_states[-1 - self.config.num_task_layers]
         else:  # layer by layer the same, without keeping what each of them gives
             forked = trunk(**inputs, **plain).last_hidden_state

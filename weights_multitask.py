@@ -115,12 +115,11 @@ def check_stored(source: str | Path | None, config: MultiTaskConfig, hub: dict[s
         refuse(source, file_problems(None, lambda file: cached_file(source, file, **hub)) if has_checkpoint else [])
         return {}
     try:
-        path = cached_file(source, name, **hub)
+        index = read_index(cached_file(source, name, **hub))
     except OSError as error:
         raise WeightsError(
             f"{source}: {name}, which config.json names in 'multitask_weights', is missing: {error}"
         ) from error
-    index = read_index(path)
     refuse(source, file_problems(index, lambda file: cached_file(source, file, **hub)))
     return index["weight_map"]
 

@@ -42,10 +42,8 @@ class Folders:
             raise InputError(f"--input {self.source}: the folder holds no files.")
         unknown = [name for name in names if not self.file_format and Path(name).suffix.lower() not in SUFFIXES]
         if unknown:
-            known = ", ".join(INPUT_FORMATS)
-            raise InputError(
-                f"--input {self.source}: name the format of {', '.join(unknown)} with --input-format ({known})."
-            )
+            unnamed, known = ", ".join(unknown), ", ".join(INPUT_FORMATS)
+            raise InputError(f"--input {self.source}: name the format of {unnamed} with --input-format ({known}).")
         targets = [self.output_of(name).path for name in names]
         if clash := [name for name, target in zip(names, targets, strict=True) if targets.count(target) > 1]:
             raise InputError(f"--input {self.source}: {', '.join(clash)} would be written to the same file; rename one.")

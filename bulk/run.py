@@ -115,7 +115,7 @@ def _write_parts(
     def missing() -> Iterator[tuple[Path, list[Item]]]:
         for chunk in chunks(found.watch(rows)):
             # The name holds the hash of all rows up to the end of the part: other rows, another part.
-            parts.append(output.partial / f"{len(parts):08}-{found.digest[:16]}{output.path.suffix}")
+            parts.append(output.partial / f"{len(parts):08}-{found.hash.hexdigest()[:16]}{output.path.suffix}")
             if parts[-1].exists():
                 progress.skip(len(chunk))
             else:

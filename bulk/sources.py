@@ -13,12 +13,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from annotator_multitask import chunked, text_problem
+from annotator_multitask import CHUNK_CHARACTERS, chunked, text_problem
 
 INPUT_FORMATS = ("csv", "jsonl", "parquet", "text")
 SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", "": "text"}
 CHUNK_ROWS = 1024
-CHUNK_CHARACTERS = 1_000_000
 MAX_CHARACTERS = 1_000_000  # of one text; anything longer is hardly a text, and memory would not stay flat
 ROWS = "rows of --input"
 MAX_CSV_FIELD = 2**27  # characters; a missing quote makes a field run on to the end of the file
@@ -36,23 +35,18 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self.rows = 0
-        self._hash = hashlib.sha256()
+        self.hash = hashlib.sha256()
 
     def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yields the rows unchanged."""
         for value, reason in rows:
             self.rows += 1
-            self._hash.update(repr((value if isinstance(value, str) else f"{value!r:.50}", reason)).encode())
+            self.hash.update(repr((value if isinstance(value, str) else f"{value!r:.50}", reason)).encode())
             yield value, reason
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the rows seen so far, in hexadecimal."""
-        return self._hash.hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """Returns the number and hash of the rows seen so far."""
-        return {ROWS: self.rows, "sha256 of --input's rows": self.digest}
+        return {ROWS: self.rows, "sha256 of --input's rows": self.hash.hexdigest()}
 
 
 @dataclass(frozen=True)

@@ -417,7 +417,7 @@ def test_an_encoder_without_a_list_of_layers_is_refused():
     config.num_hidden_layers = 2
     encoder = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="num_task_layers needs an encoder with a list of its 2 layers"):
-        modeling_multitask._layer_path(encoder, 2)
+        modeling_multitask._find_layers(encoder, 2)
 
 
 # Tasks and labels
