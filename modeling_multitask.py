@@ -551,7 +551,7 @@ class _HeadView(MultiTaskModel):
         self.config.problem_type = spec.problem_type
 
     def remove_task(self, name: str) -> None:
-        """Removes another head than the one that is shown; raises a ValueError for that one, and if there is no such task."""
+        """Removes another head than the one that is shown; raises a ValueError for that one, or if there is none."""
         if name == self.task:
             raise ValueError(f"This view shows the task {name!r}; load the model with another task= to remove it.")
         super().remove_task(name)

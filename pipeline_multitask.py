@@ -38,7 +38,7 @@ def run_torch(
 
 
 def make_annotator(model: Any, tokenizer: Any, device: torch.device, backend: str = "torch") -> Annotator:
-    """Returns the annotator of a `MultiTaskModel`, which is put into evaluation mode, and its fast tokenizer.
+    """Returns the annotator of a `MultiTaskModel` on `device`, which is put into evaluation mode, and its fast tokenizer.
 
     Raises:
         ValueError: The tokenizer is slow or does not fit the model's vocabulary, or the backend is not there.

@@ -74,7 +74,7 @@ def _load(settings: Settings) -> Core:
 
 
 class Annotator:
-    """A loaded model, called with the same options every time; a model that does not load raises an InputError."""
+    """A loaded model with its options; raises an InputError if it does not load, a ValueError for a wrong option."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
