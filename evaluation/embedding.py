@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 
 from common.files import environment_info, write_json
-from evaluation.metrics import ndcg, neighbour_overlap, ranked_documents, recall_at, similarity_metrics, unit
+from evaluation.metrics import cosines, ndcg, neighbours_shared, rank_correlations, ranked_documents, recall_at, unit
 
 NEIGHBOURS = 10
 NEIGHBOUR_SET = "wnut17"
@@ -93,30 +93,28 @@ def measure_embedding(
 def neighbour_measure(encode: Encode, folder: Path, split: str = "test") -> Measure:
     """Returns what computes a view's overlap@10 with the full vector on a split's distinct texts."""
     vectors = encode(distinct_texts(folder, split))
-    return lambda view: {"overlap@10": neighbour_overlap(vectors, view(vectors), NEIGHBOURS)}
+    return lambda view: {"overlap@10": float(neighbours_shared(vectors, view(vectors), NEIGHBOURS).mean())}
 
 
 def pair_measure(encode: Encode, folder: Path, split: str = "test") -> Measure:
     """Returns what computes a view's Spearman correlation with the scores of a split's sentence pairs."""
     rows = read_columns(folder / f"{split}.parquet", "sentence1", "sentence2", "score")
     first, second = np.split(encode(rows["sentence1"] + rows["sentence2"]), 2)
-    return lambda view: {"spearman": similarity_metrics(view(first), view(second), rows["score"])}
+    return lambda view: rank_correlations({"spearman": cosines(view(first), view(second))}, rows["score"]).metrics()
 
 
 def retrieval_measure(encode: Encode, folder: Path) -> Measure:
     """Returns what computes a view's mean nDCG@10 and recall@100 over the queries of a retrieval set."""
     corpus, queries = (read_columns(folder / f"{name}.parquet", "id", "text") for name in ("corpus", "queries"))
     judged = read_columns(folder / "qrels.parquet", "query_id", "doc_id", "score")
-    documents = {name: row for row, name in enumerate(corpus["id"])}
-    gains: dict[str, dict[int, float]] = {name: {} for name in queries["id"]}
-    for query, document, score in zip(judged["query_id"], judged["doc_id"], judged["score"], strict=True):
-        gains[query][documents[document]] = score
+    rows, documents = ({name: row for row, name in enumerate(side["id"])} for side in (queries, corpus))
+    gains = np.zeros((len(rows), len(documents)), np.float32)
+    gains[[rows[x] for x in judged["query_id"]], [documents[x] for x in judged["doc_id"]]] = judged["score"]
     asked, stored = encode(queries["text"]), encode(corpus["text"])
 
     def measure(view: View) -> dict[str, float]:
         ranking = ranked_documents(view(asked), view(stored), 100)
-        scores = {"ndcg@10": ndcg(ranking, list(gains.values())), "recall@100": recall_at(ranking, list(gains.values()))}
-        return {name: float(values.mean()) for name, values in scores.items()}
+        return {"ndcg@10": float(ndcg(ranking, gains).mean()), "recall@100": float(recall_at(ranking, gains).mean())}
 
     return measure
 

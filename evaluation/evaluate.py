@@ -41,24 +41,19 @@ from common.files import ROOT, environment_info, write_json
 from common.recipe import REWRITES, Recipe, RecipeError, TaskRecipe
 from evaluation.metrics import (
     Intervals,
-    calibration_error,
-    calibration_intervals,
-    classification_intervals,
-    classification_metrics,
+    Statistic,
+    calibration,
+    classification,
     cosines,
     coverage,
+    entities,
     entities_right,
     entities_to_tags,
-    entity_intervals,
-    entity_metrics,
-    mean_intervals,
-    multi_label_intervals,
-    multi_label_metrics,
+    multi_label,
     neighbours_shared,
-    rank_correlation_intervals,
-    regression_intervals,
-    regression_metrics,
-    similarity_metrics,
+    of_means,
+    rank_correlations,
+    regression,
 )
 from modeling_multitask import IGNORE_INDEX
 from tasks_multitask import PROBLEM_TYPES, TOKEN, TaskSpec
@@ -108,12 +103,12 @@ def measure(
         data = data.select(range(min(limit or len(data), len(data))))
         if task.has_head:
             predictions = predict(pipe, name, task, data, form)
-            metrics, ranges = measure_head(predictions, intervals)
+            statistics = head_statistics(predictions)
             kept = {} if predictions.spec.problem_type == REGRESSION else coverage(*predictions.answers()[:2])
             extra = {"coverage": kept, "domains": by_domain(predictions, data)}
         else:
-            extra = {}
-            metrics, ranges = measure_pairs(pipe, task, data, recipe.model.matryoshka_dims, reference, intervals)
+            extra, statistics = {}, pair_statistics(pipe, task, data, recipe.model.matryoshka_dims, reference)
+        metrics, ranges = measured(statistics, intervals)
         facts = {"split": split, "rows": len(data), "sha256": hash_columns(data, task.columns)}
         results[key] = {"metrics": metrics, "intervals": ranges, **extra, **facts}
     return results
@@ -280,30 +275,32 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
                 yield record, [], mean_over_windows(group, [window.logits[name] for window in group])
 
 
-def measure_head(predictions: Predictions, intervals: bool) -> Measures:
-    """Returns the metrics of one head, and their intervals if asked for."""
-    spec, truth, predicted, rows = predictions.spec, predictions.truth, predictions.predicted, predictions.rows
+def measured(statistics: list[Statistic], intervals: bool) -> Measures:
+    """Returns all metrics, and their intervals if asked for."""
+    metrics = {name: value for x in statistics for name, value in x.metrics().items()}
+    return metrics, {name: ends for x in statistics for name, ends in x.intervals().items()} if intervals else {}
+
+
+def head_statistics(predictions: Predictions) -> list[Statistic]:
+    """Returns the metrics of one head."""
+    spec, truth, predicted = predictions.spec, predictions.truth, predictions.predicted
     if spec.problem_type == REGRESSION:
-        return regression_metrics(truth, predicted), regression_intervals(truth, predicted) if intervals else {}
+        return [regression(truth, predicted)]
     if spec.problem_type == MULTI_LABEL:
-        metrics, ranges = multi_label_metrics(truth, predicted), multi_label_intervals(truth, predicted) if intervals else {}
+        found = [multi_label(truth, predicted)]
         if set(spec.labels) == {label for labels in EKMAN.values() for label in labels}:
-            grouped, grouped_ranges = measure_groups(predictions, intervals)
-            metrics, ranges = {**metrics, **grouped}, {**ranges, **grouped_ranges}
+            found += group_statistics(predictions)
     elif predictions.tags:
-        metrics, ranges = entity_metrics(*predictions.tags), entity_intervals(*predictions.tags) if intervals else {}
+        found = [entities(*predictions.tags)]
     else:
-        metrics = classification_metrics(truth.tolist(), predicted.tolist())
-        ranges = classification_intervals(truth, predicted, rows) if intervals else {}
-    if spec.kind == TOKEN and not predictions.tags:  # words with labels of their own, such as parts of speech
-        metrics, ranges = ({"f1": x["macro_f1"], **x} if x else x for x in (metrics, ranges))
-    confidence, correct, rows = predictions.answers()
-    metrics["calibration_error"] = calibration_error(confidence, correct)
-    return metrics, {**ranges, **calibration_intervals(confidence, correct, rows)} if intervals else {}
+        found = [classification(truth, predicted, predictions.rows)]
+        if spec.kind == TOKEN:  # words with labels of their own, such as parts of speech
+            found = [found[0].map(lambda scores: {"f1": scores["macro_f1"], **scores})]
+    return [*found, calibration(*predictions.answers())]
 
 
-def measure_groups(predictions: Predictions, intervals: bool) -> Measures:
-    """Returns macro F1 and calibration error of the likeliest of Ekman's six emotions and neutral, and their intervals if asked for.
+def group_statistics(predictions: Predictions) -> list[Statistic]:
+    """Returns macro F1 and calibration error of the likeliest of Ekman's six emotions and neutral.
 
     Measured on the texts whose labels are of one group, over the groups that occur there.
     """
@@ -313,18 +310,12 @@ def measure_groups(predictions: Predictions, intervals: bool) -> Measures:
     kept = in_truth.sum(axis=1) == 1
     answered = [group_scores(dict(zip(labels, row, strict=True))) for row in predictions.probabilities[kept]]
     scores = np.array([[answer[name] for name in names] for answer in answered]).reshape(-1, len(names))
-    truth, predicted, confidence = in_truth[kept].argmax(axis=1), scores.argmax(axis=1), scores.max(axis=1)
-    metrics = classification_metrics(truth.tolist(), predicted.tolist())
-    metrics["calibration_error"] = calibration_error(confidence, predicted == truth)
-    ranges: Intervals = {}
-    if intervals:
-        rows = predictions.rows[kept]
-        ranges = classification_intervals(truth, predicted, rows) | calibration_intervals(
-            confidence, predicted == truth, rows
-        )
-    kinds = ("macro_f1", "calibration_error")
-    grouped = [{f"ekman_{kind}": found[kind] for kind in kinds if kind in found} for found in (metrics, ranges)]
-    return grouped[0], grouped[1]
+    truth, predicted, rows = in_truth[kept].argmax(axis=1), scores.argmax(axis=1), predictions.rows[kept]
+    right, error = classification(truth, predicted, rows), calibration(scores.max(axis=1), predicted == truth, rows)
+    return [
+        right.map(lambda x: {"ekman_macro_f1": x["macro_f1"]}),
+        error.map(lambda x: {"ekman_calibration_error": x["calibration_error"]}),
+    ]
 
 
 def by_domain(predictions: Predictions, data: Dataset) -> dict[str, dict[str, float]]:
@@ -335,7 +326,7 @@ def by_domain(predictions: Predictions, data: Dataset) -> dict[str, dict[str, fl
     rows: dict[str, set[int]] = {}
     for row in set(predictions.rows.tolist()):
         rows.setdefault(domains[row], set()).add(row)
-    return {name: measure_head(predictions.of_rows(kept), False)[0] for name, kept in sorted(rows.items())}
+    return {name: measured(head_statistics(predictions.of_rows(kept)), False)[0] for name, kept in sorted(rows.items())}
 
 
 # What the embedding says
@@ -360,21 +351,17 @@ def embed(pipe: Any, texts: list[str], matryoshka_dims: list[int], reference: st
     return views
 
 
-def measure_pairs(
-    pipe: Any, task: TaskRecipe, data: Dataset, matryoshka_dims: list[int], reference: str | None, intervals: bool
-) -> Measures:
+def pair_statistics(
+    pipe: Any, task: TaskRecipe, data: Dataset, matryoshka_dims: list[int], reference: str | None
+) -> list[Statistic]:
     """Returns Spearman's correlation of pairs' scores with each of the vectors of `embed`, and with `reference` also `drift`."""
     texts = [text for column in task.text_columns for text in data[column]]
     views = embed(pipe, texts, matryoshka_dims, reference)
-    pairs, scores = {f"spearman{suffix}": np.split(view, 2) for suffix, view in views.items()}, list(data[task.label_column])
-    metrics = {name: similarity_metrics(*pair, scores) for name, pair in pairs.items()}
-    values = {name: cosines(*pair) for name, pair in pairs.items()}
-    ranges = rank_correlation_intervals(values, scores) if intervals else {}
-    moved = drift(texts, views, intervals) if reference else ({}, {})
-    return {**metrics, **moved[0]}, {**ranges, **moved[1]}
+    values = {f"spearman{suffix}": cosines(*np.split(view, 2)) for suffix, view in views.items()}
+    return [rank_correlations(values, list(data[task.label_column])), *([drift(texts, views)] if reference else [])]
 
 
-def drift(texts: list[str], views: dict[str, np.ndarray], intervals: bool) -> Measures:
+def drift(texts: list[str], views: dict[str, np.ndarray]) -> Statistic:
     """Returns how near the embedding still is to the reference encoder's, from the vectors of `embed`.
 
     `cosine_raw` is the mean cosine similarity of the two encoders' pooled vectors; `neighbours_at_10` the share of each
@@ -391,7 +378,7 @@ def drift(texts: list[str], views: dict[str, np.ndarray], intervals: bool) -> Me
         f"neighbours_at_{NEIGHBOURS}": neighbours_shared(before, embeddings, NEIGHBOURS),
         f"neighbours_at_{NEIGHBOURS}_raw": neighbours_shared(before, now, NEIGHBOURS),
     }
-    return {name: float(value.mean()) for name, value in values.items()}, mean_intervals(values) if intervals else {}
+    return of_means(values)
 
 
 def measure_drift(pipe: Any, dataset: str, split: str, column: str, reference: str, intervals: bool) -> dict[str, Any]:
@@ -402,7 +389,7 @@ def measure_drift(pipe: Any, dataset: str, split: str, column: str, reference: s
     """
     data = load_split(dataset, split, [column])
     texts = [" ".join(text) if isinstance(text, list) else text for text in data[column]]
-    metrics, ranges = drift(texts, embed(pipe, texts, [], reference), intervals)
+    metrics, ranges = measured([drift(texts, embed(pipe, texts, [], reference))], intervals)
     facts = {"dataset": public_name(dataset), "split": split, "rows": len(data), "sha256": hash_columns(data, [column])}
     return {**facts, "metrics": metrics, "intervals": ranges}
 

@@ -4,12 +4,12 @@ Every metric has an interval next to it: the 95 % percentile bootstrap (Efron 19
 row's share in a metric is computed once; a resample only adds them up. Axes: N rows, R resamples, C labels, E embedding.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.stats import rankdata
 from seqeval.scheme import IOB2, Entities
-from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, recall_score
 
 Scores = dict[str, np.ndarray]
 Intervals = dict[str, list[float]]
@@ -19,81 +19,114 @@ _RESAMPLES_AT_ONCE = 100  # bounds the memory
 COVERAGE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the answers that are kept
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 
-# Text labels
+
+@dataclass(frozen=True)
+class Statistic:
+    """Metrics of a data set, and how they vary with its rows.
+
+    Attributes:
+        rows: How many rows there are.
+        scores: Maps row indices, int [R, any number], to each metric's values on these rows, float [R]; NaN: it says nothing there.
+    """
+
+    rows: int
+    scores: Callable[[np.ndarray], Scores]
+
+    def metrics(self) -> dict[str, float]:
+        """Returns each metric on all rows."""
+        return {name: float(values[0]) for name, values in self.scores(np.arange(self.rows)[None]).items()}
+
+    def intervals(self) -> Intervals:
+        """Returns the 95 % percentile interval [low, high] of each metric over `RESAMPLES` resamples; NaN is left out."""
+        drawn = [self.scores(index) for index in resample(self.rows)]
+        values = {name: np.concatenate([chunk[name] for chunk in drawn]) for name in drawn[0]}
+        return {name: np.nanpercentile(value, [2.5, 97.5]).tolist() for name, value in values.items()}
+
+    def map(self, change: Callable[[Scores], Scores]) -> "Statistic":
+        """Returns this one with other metrics, made of its own."""
+        return Statistic(self.rows, lambda index: change(self.scores(index)))
+
+    def __or__(self, other: "Statistic") -> "Statistic":
+        """Returns this one's metrics and another's of the same rows."""
+        return Statistic(self.rows, lambda index: self.scores(index) | other.scores(index))
 
 
-def classification_metrics(truth: Sequence, predicted: Sequence) -> dict[str, float]:
-    """Returns `macro_recall`, `macro_f1` and `accuracy`, each in [0, 1], over the labels that occur in `truth`."""
-    labels = sorted(set(truth))
-    return {
-        "macro_recall": float(recall_score(truth, predicted, labels=labels, average="macro", zero_division=0)),
-        "macro_f1": float(f1_score(truth, predicted, labels=labels, average="macro", zero_division=0)),
-        "accuracy": float(accuracy_score(truth, predicted)),
-    }
-
-
-def classification_intervals(truth: np.ndarray, predicted: np.ndarray, rows: np.ndarray) -> Intervals:
-    """Returns the intervals of `classification_metrics`.
+def of_sums(parts: np.ndarray, scores: Callable[[np.ndarray], Scores]) -> Statistic:
+    """Returns metrics that are functions of a sum over rows.
 
     Args:
-        truth: int [items], label indices.
-        predicted: int [items].
-        rows: int [items], the row of the data set that each item, a text or a word, belongs to.
+        parts: [N, ...], what each row adds to the sum.
+        scores: Maps sums, float [R, ...], to each metric's values, float [R].
     """
-    labels = np.arange(max(truth.max(), predicted.max()) + 1)
-    counts = _sum_by_row(_label_counts(truth[:, None] == labels, predicted[:, None] == labels), rows)
+    parts = parts.astype(float)
+
+    def of_rows(index: np.ndarray) -> Scores:
+        times = np.stack([np.bincount(x, minlength=len(parts)) for x in index]).astype(float)  # [R, N]
+        return scores(np.tensordot(times, parts, axes=1))
+
+    return Statistic(len(parts), of_rows)
+
+
+def of_means(values: Scores) -> Statistic:
+    """Returns the mean of each entry, float [N]."""
+    parts = np.stack(list(values.values()), axis=1)
+    return of_sums(parts, lambda sums: dict(zip(values, sums.T / len(parts), strict=True)))
+
+
+def resample(rows: int) -> Iterator[np.ndarray]:
+    """Yields row indices drawn with replacement, int [R, rows], some resamples at a time; the same in every process."""
+    generator = np.random.default_rng(0)
+    for _ in range(RESAMPLES // _RESAMPLES_AT_ONCE):
+        yield generator.integers(0, rows, size=(_RESAMPLES_AT_ONCE, rows))
+
+
+# Labels and numbers
+
+
+def classification(truth: Sequence, predicted: Sequence, rows: np.ndarray | None = None) -> Statistic:
+    """Returns `macro_recall` and `macro_f1` over the labels that occur in `truth`, and `accuracy`, each in [0, 1].
+
+    Args:
+        truth: One label of each of the items, which are texts or words.
+        predicted: The same.
+        rows: int [items], the row of the data set that each item belongs to; None: each is a row.
+    """
+    labels, numbers = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+    given, answered = (side[:, None] == np.arange(len(labels)) for side in np.split(numbers, 2))
+    counts = _label_counts(given, answered)
 
     def scores(sums: np.ndarray) -> Scores:
         right, _, gold = np.moveaxis(sums, 1, 0)  # each [R, C]
         recall, f1 = (_mean_where(gold > 0, values) for values in (_ratio(right, gold), _f1(sums)))
         return {"macro_recall": recall, "macro_f1": f1, "accuracy": _ratio(right.sum(axis=1), gold.sum(axis=1))}
 
-    return bootstrap_sums(counts, scores)
+    return of_sums(counts if rows is None else _sum_by_row(counts, rows), scores)
 
 
-def multi_label_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+def multi_label(truth: np.ndarray, predicted: np.ndarray) -> Statistic:
     """Returns `macro_f1` (over the labels that occur in `truth`), `micro_f1` and `exact_match`, each in [0, 1].
 
     Args:
         truth: 0/1 [N, C].
         predicted: 0/1 [N, C].
     """
-    labels = np.flatnonzero(truth.any(axis=0))
-    macro = f1_score(truth, predicted, labels=labels, average="macro", zero_division=0) if len(labels) else 0.0
-    return {
-        "macro_f1": float(macro),
-        "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0)),
-        "exact_match": float(accuracy_score(truth, predicted)),
-    }
-
-
-def multi_label_intervals(truth: np.ndarray, predicted: np.ndarray) -> Intervals:
-    """Returns the intervals of `multi_label_metrics`, for the same 0/1 [N, C]."""
 
     def scores(sums: np.ndarray) -> Scores:
         return {"macro_f1": _mean_where(sums[:, 2] > 0, _f1(sums)), "micro_f1": _f1(sums.sum(axis=2))}
 
-    exact = mean_intervals({"exact_match": (truth == predicted).all(axis=1)})
-    return {**bootstrap_sums(_label_counts(truth > 0, predicted > 0), scores), **exact}
+    exact = of_means({"exact_match": (truth == predicted).all(axis=1)})
+    return of_sums(_label_counts(truth > 0, predicted > 0), scores) | exact
 
 
-def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+def regression(truth: np.ndarray, predicted: np.ndarray) -> Statistic:
     """Returns `spearman` and `pearson` in [-1, 1] and `mean_absolute_error`, each the mean over a head's C values.
+
+    A correlation with values that are all the same is 0.
 
     Args:
         truth: float [N, C].
         predicted: float [N, C].
     """
-    pairs = list(zip(truth.T, predicted.T, strict=True))
-    return {
-        "spearman": float(np.mean([_defined(spearmanr(x, y).statistic) for x, y in pairs])),
-        "pearson": float(np.mean([_defined(pearsonr(x, y).statistic) for x, y in pairs])),
-        "mean_absolute_error": float(mean_absolute_error(truth, predicted)),
-    }
-
-
-def regression_intervals(truth: np.ndarray, predicted: np.ndarray) -> Intervals:
-    """Returns the intervals of `regression_metrics`, for the same float [N, C]."""
 
     def scores(index: np.ndarray) -> Scores:
         columns = [(truth[index, column], predicted[index, column]) for column in range(truth.shape[1])]  # [R, N] each
@@ -102,21 +135,28 @@ def regression_intervals(truth: np.ndarray, predicted: np.ndarray) -> Intervals:
             "pearson": np.mean([_pearson(x, y) for x, y in columns], axis=0),
         }
 
-    errors = np.abs(truth - predicted).mean(axis=1)
-    return {**bootstrap(len(truth), scores), **mean_intervals({"mean_absolute_error": errors})}
+    return Statistic(len(truth), scores) | of_means({"mean_absolute_error": np.abs(truth - predicted).mean(axis=1)})
 
 
 # Entities
 
 
-def entity_metrics(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+def entities(truth: list[list[str]], predicted: list[list[str]]) -> Statistic:
     """Returns strict entity-level `f1`, `precision` and `recall` in [0, 1] from BIO tags per sentence.
 
-    Beside them stands `f1_<TYPE>` of each type that occurs in `truth`, for instance `f1_PER`.
+    Beside them stands `f1_<TYPE>` of each type that occurs in `truth`, for instance `f1_PER`; rows without this type say nothing
+    of it.
     """
     counts, types = entity_counts(truth, predicted)
     in_truth = np.flatnonzero(counts[:, 2].any(axis=0))
-    return {name: float(value[0]) for name, value in _entity_scores(counts.sum(axis=0)[None], types, in_truth).items()}
+
+    def scores(sums: np.ndarray) -> Scores:
+        right, found, gold = np.moveaxis(sums.sum(axis=2), 1, 0)  # each [R]
+        total = {"f1": _f1(sums.sum(axis=2)), "precision": _ratio(right, found), "recall": _ratio(right, gold)}
+        per_type = np.where(sums[:, 1:].any(axis=1), _f1(sums), np.nan)  # [R, types]
+        return {**total, **{f"f1_{types[i]}": per_type[:, i] for i in in_truth}}
+
+    return of_sums(counts, scores)
 
 
 def entity_counts(truth: list[list[str]], predicted: list[list[str]]) -> tuple[np.ndarray, list[str]]:
@@ -132,21 +172,6 @@ def entity_counts(truth: list[list[str]], predicted: list[list[str]]) -> tuple[n
             for entity in entities:
                 counts[row, kind, types.index(entity.tag)] += 1
     return counts, types
-
-
-def entity_intervals(truth: list[list[str]], predicted: list[list[str]]) -> Intervals:
-    """Returns the intervals of `entity_metrics`; a resample says nothing of a type that it lacks."""
-    counts, types = entity_counts(truth, predicted)
-    in_truth = np.flatnonzero(counts[:, 2].any(axis=0))
-    return bootstrap_sums(counts, lambda sums: _entity_scores(sums, types, in_truth))
-
-
-def _entity_scores(sums: np.ndarray, types: list[str], in_truth: np.ndarray) -> Scores:
-    """Returns the metrics, each [R], for sums [R, 3, types] of `entity_counts`, of the types with these indices too."""
-    right, found, gold = np.moveaxis(sums.sum(axis=2), 1, 0)  # each [R]
-    total = {"f1": _f1(sums.sum(axis=2)), "precision": _ratio(right, found), "recall": _ratio(right, gold)}
-    per_type = np.where(sums[:, 1:].any(axis=1), _f1(sums), np.nan)  # [R, types]
-    return {**total, **{f"f1_{types[i]}": per_type[:, i] for i in in_truth}}
 
 
 def entities_to_tags(spans: list[tuple[int, int]], entities: list[dict]) -> list[str]:
@@ -204,34 +229,24 @@ def confidence_bins(confidence: np.ndarray) -> np.ndarray:
     return (np.ceil(confidence * BINS) - 1).clip(0, BINS - 1).astype(int)
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Returns the expected calibration error in [0, 1] (Guo et al. 2017): the mean gap of confidence and accuracy.
+def calibration(confidence: np.ndarray, correct: np.ndarray, rows: np.ndarray) -> Statistic:
+    """Returns the expected `calibration_error` in [0, 1] (Guo et al. 2017): the mean gap of confidence and accuracy.
+
+    Resamples vary within bins, and every gap counts: the interval of a well calibrated head lies rather high.
 
     Args:
         confidence: float [items], the probability of each predicted label.
         correct: bool [items], whether that label is right.
+        rows: int [items], the row of the data set that each item belongs to.
     """
-    return float(_calibration_scores(_calibration_parts(confidence, correct).sum(axis=0)[None])["calibration_error"][0])
-
-
-def calibration_intervals(confidence: np.ndarray, correct: np.ndarray, rows: np.ndarray) -> Intervals:
-    """Returns the interval of `calibration_error`; `rows`, int [items], says which row of the data set an item is of.
-
-    Resamples vary within bins, and every gap counts: the interval of a well calibrated head lies rather high.
-    """
-    return bootstrap_sums(_sum_by_row(_calibration_parts(confidence, correct), rows), _calibration_scores)
-
-
-def _calibration_parts(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Returns what each item adds to the gap of every bin, and last its count, float [items, BINS + 1]."""
-    parts = np.zeros((len(confidence), BINS + 1))
+    parts = np.zeros((len(confidence), BINS + 1))  # what each item adds to the gap of every bin, and last its count
     parts[np.arange(len(confidence)), confidence_bins(confidence)] = correct - confidence
     parts[:, BINS] = 1
-    return parts
 
+    def scores(sums: np.ndarray) -> Scores:
+        return {"calibration_error": _ratio(np.abs(sums[:, :BINS]).sum(axis=1), sums[:, BINS])}
 
-def _calibration_scores(sums: np.ndarray) -> Scores:
-    return {"calibration_error": _ratio(np.abs(sums[:, :BINS]).sum(axis=1), sums[:, BINS])}
+    return of_sums(_sum_by_row(parts, rows), scores)
 
 
 # Embeddings
@@ -243,23 +258,18 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (first * second).sum(axis=1) / norms.clip(min=1e-12)
 
 
-def similarity_metrics(first: np.ndarray, second: np.ndarray, scores: Sequence[float]) -> float:
-    """Returns Spearman's rank correlation in [-1, 1] of cosine similarities and gold scores; inputs float [N, E].
+def rank_correlations(values: Scores, scores: Sequence[float]) -> Statistic:
+    """Returns Spearman's rank correlation in [-1, 1] of each entry of `values`, float [N], with `scores`, float [N].
 
-    If one of them is the same for all pairs, it ranks nothing, and the answer is 0.
+    An entry that is the same everywhere ranks nothing, and its correlation is 0.
     """
-    return _defined(spearmanr(cosines(first, second), scores).statistic)
-
-
-def rank_correlation_intervals(values: Scores, scores: Sequence[float]) -> Intervals:
-    """Returns the interval of Spearman's correlation of each entry of `values`, float [N], with `scores`, float [N]."""
     gold = np.asarray(scores, dtype=float)
 
     def correlations(index: np.ndarray) -> Scores:
         ranks = rankdata(gold[index], axis=1)  # [R, N]
         return {name: _pearson(rankdata(value[index], axis=1), ranks) for name, value in values.items()}
 
-    return bootstrap(len(gold), correlations)
+    return Statistic(len(gold), correlations)
 
 
 def neighbours_shared(before: np.ndarray, after: np.ndarray, count: int) -> np.ndarray:
@@ -279,11 +289,6 @@ def neighbours_shared(before: np.ndarray, after: np.ndarray, count: int) -> np.n
     return np.array([len(set(a) & set(b)) / count for a, b in zip(*nearest, strict=True)])
 
 
-def neighbour_overlap(before: np.ndarray, after: np.ndarray, count: int) -> float:
-    """Returns the mean over texts of `neighbours_shared`, in [0, 1]."""
-    return float(neighbours_shared(before, after, count).mean())
-
-
 def ranked_documents(queries: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
     """Returns the indices of each query's `count` nearest documents by cosine similarity, best first, int [Q, count].
 
@@ -296,28 +301,24 @@ def ranked_documents(queries: np.ndarray, documents: np.ndarray, count: int) -> 
     return np.argsort(-similarity, axis=1, kind="stable")[:, :count]
 
 
-def ndcg(ranking: np.ndarray, gains: Sequence[Mapping[int, float]], count: int = 10) -> np.ndarray:
+def ndcg(ranking: np.ndarray, gains: np.ndarray, count: int = 10) -> np.ndarray:
     """Returns each query's normalized discounted cumulative gain at `count`, float [Q] in [0, 1] (Järvelin and Kekäläinen 2002).
 
     Args:
         ranking: int [Q, at least `count` or all documents], from `ranked_documents`.
-        gains: Each query's relevant documents and how relevant each is, above 0. A query without any scores 0.
+        gains: float [Q, N], how relevant each document is, 0: not at all. A query without relevant ones scores 0.
         count: How many ranks count.
     """
-    discounts = 1 / np.log2(np.arange(2, count + 2))
-    found = np.zeros((len(ranking), count))
-    ideal = np.zeros((len(ranking), count))
-    for row, (documents, gain) in enumerate(zip(ranking[:, :count].tolist(), gains, strict=True)):
-        found[row, : len(documents)] = [gain.get(document, 0.0) for document in documents]
-        best = sorted(gain.values(), reverse=True)[:count]
-        ideal[row, : len(best)] = best
+    found = np.take_along_axis(gains, ranking[:, :count], axis=1)
+    ideal = -np.sort(-gains, axis=1)[:, :count]
+    discounts = 1 / np.log2(np.arange(2, found.shape[1] + 2))
     return _ratio(found @ discounts, ideal @ discounts)
 
 
-def recall_at(ranking: np.ndarray, gains: Sequence[Mapping[int, float]], count: int = 100) -> np.ndarray:
+def recall_at(ranking: np.ndarray, gains: np.ndarray, count: int = 100) -> np.ndarray:
     """Returns the share of each query's relevant documents among its first `count`, float [Q] in [0, 1]; see `ndcg`."""
-    found = [len(gain.keys() & set(row)) for row, gain in zip(ranking[:, :count].tolist(), gains, strict=True)]
-    return _ratio(np.array(found, dtype=float), np.array([len(gain) for gain in gains], dtype=float))
+    relevant = gains > 0
+    return _ratio(np.take_along_axis(relevant, ranking[:, :count], axis=1).sum(axis=1), relevant.sum(axis=1))
 
 
 def _nearest(vectors: np.ndarray, count: int) -> np.ndarray:
@@ -331,49 +332,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
-# The bootstrap
-
-
-def resample(rows: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yields row indices drawn with replacement, int [R, rows], some resamples at a time; the same in every process."""
-    generator = np.random.default_rng(seed)
-    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
-        yield generator.integers(0, rows, size=(min(_RESAMPLES_AT_ONCE, resamples - start), rows))
-
-
-def bootstrap(rows: int, scores: Callable[[np.ndarray], Scores]) -> Intervals:
-    """Returns the 95 % percentile interval [low, high] of each score over `RESAMPLES` resamples of the rows.
-
-    Args:
-        rows: How many rows there are.
-        scores: Maps row indices, int [R, rows], to each score's values, float [R]; those that are NaN are left out.
-    """
-    drawn = [scores(index) for index in resample(rows)]
-    values = {name: np.concatenate([chunk[name] for chunk in drawn]) for name in drawn[0]}
-    return {name: np.nanpercentile(value, [2.5, 97.5]).tolist() for name, value in values.items()}
-
-
-def bootstrap_sums(parts: np.ndarray, scores: Callable[[np.ndarray], Scores]) -> Intervals:
-    """Returns the interval of each score that is a function of a sum over rows.
-
-    Args:
-        parts: [N, ...], what each row adds to the sum.
-        scores: Maps sums, float [R, ...], to each score's values, float [R].
-    """
-
-    parts = parts.astype(float)
-
-    def sums(index: np.ndarray) -> np.ndarray:
-        times = np.stack([np.bincount(x, minlength=len(parts)) for x in index]).astype(float)  # [R, N]
-        return np.tensordot(times, parts, axes=1)
-
-    return bootstrap(len(parts), lambda index: scores(sums(index)))
-
-
-def mean_intervals(values: Scores) -> Intervals:
-    """Returns the interval of the mean of each entry, float [N]."""
-    parts = np.stack(list(values.values()), axis=1)
-    return bootstrap_sums(parts, lambda sums: dict(zip(values, sums.T / len(parts), strict=True)))
+# Sums
 
 
 def _sum_by_row(parts: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -406,10 +365,6 @@ def _mean_where(kept: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def _pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Returns Pearson's correlation of each row, float [R] for [R, N]; 0 where one of the two is constant."""
+    varies = (np.ptp(first, axis=1) > 0) & (np.ptp(second, axis=1) > 0)
     first, second = (x - x.mean(axis=1, keepdims=True) for x in (first, second))
-    return _ratio((first * second).sum(axis=1), np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1)))
-
-
-def _defined(correlation: float) -> float:
-    """Returns a correlation, 0 instead of NaN: what is constant ranks nothing."""
-    return float(np.nan_to_num(correlation))
+    return _ratio((first * second).sum(axis=1) * varies, np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1)))

@@ -19,7 +19,7 @@ from common.data import has_split, load_task_split, rewrite_tokens, source_label
 from common.files import ROOT, environment_info, write_json
 from common.recipe import Recipe, TaskRecipe
 from evaluation.evaluate import DEFAULT_RECIPE
-from evaluation.metrics import classification_metrics, entities_to_tags, entity_metrics
+from evaluation.metrics import classification, entities, entities_to_tags
 
 KINDS = ("PER", "ORG", "LOC")
 SPACY_KINDS = {"PERSON": "PER", "ORG": "ORG", "GPE": "LOC", "LOC": "LOC", "FAC": "LOC"}
@@ -75,9 +75,9 @@ def entity_f1(finders: dict[str, Finder], task: TaskRecipe, form: str | None) ->
     scores = {}
     for name, find in finders.items():
         found = find([" ".join(tokens) for tokens, _ in rows])
-        kept = [[x for x in entities if x["entity_group"] in KINDS] for entities in found]
+        kept = [[x for x in row if x["entity_group"] in KINDS] for row in found]
         tags = [entities_to_tags(token_spans(tokens), x) for (tokens, _), x in zip(rows, kept, strict=True)]
-        scores[name] = entity_metrics(truth, tags)["f1"]
+        scores[name] = entities(truth, tags).metrics()["f1"]
     return scores
 
 
@@ -87,7 +87,7 @@ def sentiment_recall(judges: dict[str, Judge], task: TaskRecipe) -> dict[str, fl
     names = source_labels(task, data, task_labels(task, data))
     truth = [names[x] for x in data[task.label_column]]
     texts = data[task.text_columns[0]]
-    return {name: classification_metrics(truth, judge(texts))["macro_recall"] for name, judge in judges.items()}
+    return {name: classification(truth, judge(texts)).metrics()["macro_recall"] for name, judge in judges.items()}
 
 
 def measure(pipe: Any, recipes: list[Recipe]) -> dict[str, dict[str, Any]]:

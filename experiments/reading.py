@@ -19,7 +19,7 @@ from annotator_multitask import BioScheme
 from common.data import hash_columns, load_task_split
 from common.files import ROOT, environment_info, write_json
 from common.recipe import Recipe, TaskRecipe
-from evaluation.evaluate import measure_head, predict
+from evaluation.evaluate import head_statistics, measured, predict
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 
@@ -50,7 +50,7 @@ def measure_reading(pipe: MultiTaskPipeline, task: TaskRecipe) -> dict[str, dict
     data = load_task_split(task, "validation").select_columns([*task.text_columns, task.label_column])
 
     def metrics(data: Dataset) -> dict[str, float]:
-        return measure_head(predict(pipe, TASK, task, data), intervals=False)[0]
+        return measured(head_statistics(predict(pipe, TASK, task, data)), intervals=False)[0]
 
     found = {"sentences": metrics(data)}
     with each_word_by_itself():

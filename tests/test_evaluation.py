@@ -12,9 +12,10 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logit
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
+from sklearn import metrics as reference
 
 import learning_multitask
 from annotator_multitask import EKMAN, BioScheme
@@ -33,20 +34,20 @@ STRICT = {"mode": "strict", "scheme": IOB2, "zero_division": 0}
 
 def test_multi_label_by_hand():
     truth, predicted = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]]), np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0]])
-    found = metrics.multi_label_metrics(truth, predicted)
+    found = metrics.multi_label(truth, predicted).metrics()
     assert found == {"macro_f1": pytest.approx(1 / 2), "micro_f1": pytest.approx(2 / 3), "exact_match": pytest.approx(1 / 3)}
     nothing = np.zeros((2, 2), dtype=int)
-    assert metrics.multi_label_metrics(nothing, nothing) == {"macro_f1": 0.0, "micro_f1": 0.0, "exact_match": 1.0}
+    assert metrics.multi_label(nothing, nothing).metrics() == {"macro_f1": 0.0, "micro_f1": 0.0, "exact_match": 1.0}
 
 
 def test_regression_by_hand():
     truth = np.array([[1.0], [2], [3], [4]])
-    found = metrics.regression_metrics(truth, 2 * truth + 1)
+    found = metrics.regression(truth, 2 * truth + 1).metrics()
     assert found == {"spearman": pytest.approx(1), "pearson": pytest.approx(1), "mean_absolute_error": 3.5}
-    both = metrics.regression_metrics(np.hstack([truth, truth]), np.hstack([truth, -truth]))
+    both = metrics.regression(np.hstack([truth, truth]), np.hstack([truth, -truth])).metrics()
     assert both["spearman"] == pytest.approx(0) and both["mean_absolute_error"] == pytest.approx(5 / 2)
-    with pytest.warns(RuntimeWarning, match="constant"):
-        assert metrics.regression_metrics(truth, np.ones((4, 1)))["spearman"] == 0.0
+    constant = metrics.regression(truth, np.full((4, 1), 0.1)).metrics()
+    assert constant["spearman"] == constant["pearson"] == 0.0
 
 
 def test_accuracy_at_lower_coverage_is_that_of_the_surest_answers():
@@ -71,24 +72,28 @@ def test_emotions_are_grouped_before_they_are_compared():
     probabilities[0, labels.index("excitement")] = probabilities[1, labels.index("sadness")] = 0.9
     spec = TaskSpec(kind="sequence_classification", labels=labels, problem_type="multi_label_classification")
     found = evaluate.Predictions(spec, logit(probabilities), truth, truth, np.arange(3))
-    right, ranges = evaluate.measure_groups(found, True)
+    right, ranges = evaluate.measured(evaluate.group_statistics(found), True)
     assert right == {"ekman_macro_f1": 1.0, "ekman_calibration_error": pytest.approx(0.1)} and set(ranges) == set(right)
     probabilities[1, labels.index("fear")] = 0.95
-    wrong, _ = evaluate.measure_groups(dataclasses.replace(found, logits=logit(probabilities)), False)
+    wrong, _ = evaluate.measured(evaluate.group_statistics(dataclasses.replace(found, logits=logit(probabilities))), False)
     assert wrong == {"ekman_macro_f1": 0.5, "ekman_calibration_error": pytest.approx((0.1 + 0.95) / 2)}
+
+
+def calibration_error(confidence, correct):
+    return metrics.calibration(confidence, correct, np.arange(len(correct))).metrics()["calibration_error"]
 
 
 def test_calibration_error_by_hand():
     confidence, correct = np.array([0.95, 0.95, 0.55, 0.55]), np.array([True, False, True, True])
-    assert metrics.calibration_error(confidence, correct) == pytest.approx((abs(1 - 1.9) + abs(2 - 1.1)) / 4)
+    assert calibration_error(confidence, correct) == pytest.approx((abs(1 - 1.9) + abs(2 - 1.1)) / 4)
     assert metrics.confidence_bins(np.array([0.0, 0.01, 1 / 15, 0.07, 0.99, 1.0])).tolist() == [0, 0, 0, 1, 14, 14]
-    assert metrics.calibration_error(np.ones(3), np.ones(3, dtype=bool)) == 0.0
+    assert calibration_error(np.ones(3), np.ones(3, dtype=bool)) == 0.0
 
 
 def test_entities_by_type_by_hand():
     truth = [["B-PER", "I-PER", "O"], ["B-LOC", "B-PER"], []]
     predicted = [["B-PER", "I-PER", "B-ORG"], ["B-LOC-partial", "B-PER"], []]
-    found = metrics.entity_metrics(truth, predicted)
+    found = metrics.entities(truth, predicted).metrics()
     assert found == {
         "f1": pytest.approx(4 / 7), "precision": pytest.approx(2 / 4), "recall": pytest.approx(2 / 3),
         "f1_PER": 1.0, "f1_LOC": 0.0,
@@ -96,7 +101,7 @@ def test_entities_by_type_by_hand():
     counts, types = metrics.entity_counts(truth, predicted)
     assert types == ["LOC", "LOC-partial", "ORG", "PER"]
     assert counts[0].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]] and not counts[2].any()
-    assert metrics.entity_metrics([["O"], []], [["O"], []]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
+    assert metrics.entities([["O"], []], [["O"], []]).metrics() == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
 
 
 def test_too_few_texts_have_no_neighbours():
@@ -182,7 +187,7 @@ SENTENCES = st.lists(st.lists(st.sampled_from(TAGS), max_size=5), min_size=1, ma
 
 
 def drawn_cases():
-    """Returns, for each kind of metric, its intervals and a function that gives its metrics on some rows."""
+    """Returns, for each kind of metric, its statistic and a function that gives its metrics on some rows."""
     draw = np.random.default_rng(5)
     tags, found = ([draw.choice(TAGS, size=4).tolist() for _ in range(9)] for _ in range(2))
     found[:5] = tags[:5]
@@ -195,42 +200,56 @@ def drawn_cases():
     def items(index):  # of the rows drawn, one after the other
         return np.concatenate([np.flatnonzero(rows == row) for row in index])
 
+    def of_labels(index):
+        gold, answers = truth[index], predicted[index]
+        options = {"labels": np.unique(gold), "average": "macro", "zero_division": 0}
+        return {
+            "macro_recall": reference.recall_score(gold, answers, **options),
+            "macro_f1": reference.f1_score(gold, answers, **options),
+            "accuracy": reference.accuracy_score(gold, answers),
+        }
+
+    def of_many(index):
+        gold, answers = many[index], marked[index]
+        occur = np.flatnonzero(gold.any(axis=0))
+        return {
+            "macro_f1": reference.f1_score(gold, answers, labels=occur, average="macro", zero_division=0),
+            "micro_f1": reference.f1_score(gold, answers, average="micro", zero_division=0),
+            "exact_match": reference.accuracy_score(gold, answers),
+        }
+
+    def of_numbers(index):
+        pairs = list(zip(numbers[index].T, guesses[index].T, strict=True))
+        return {
+            "spearman": np.mean([spearmanr(x, y).statistic for x, y in pairs]),
+            "pearson": np.mean([pearsonr(x, y).statistic for x, y in pairs]),
+            "mean_absolute_error": reference.mean_absolute_error(numbers[index], guesses[index]),
+        }
+
     return {
         "entities": (
-            9, lambda: metrics.entity_intervals(tags, found),
+            9, metrics.entities(tags, found),
             lambda i: dict(zip(("f1", "precision", "recall"), [
                 score([tags[x] for x in i], [found[x] for x in i], **STRICT) for score in (f1_score, precision_score, recall_score)
             ], strict=True)),
         ),
         "types": (
-            9, lambda: metrics.entity_intervals(tags, found),
-            lambda i: metrics.entity_metrics([tags[x] for x in i], [found[x] for x in i]),
+            9, metrics.entities(tags, found),
+            lambda i: metrics.entities([tags[x] for x in i], [found[x] for x in i]).metrics(),
         ),
-        "labels": (
-            30, lambda: metrics.classification_intervals(truth, predicted, np.arange(30)),
-            lambda i: metrics.classification_metrics(truth[i].tolist(), predicted[i].tolist()),
-        ),
-        "labels of words": (
-            10, lambda: metrics.classification_intervals(truth, predicted, rows),
-            lambda i: metrics.classification_metrics(truth[items(i)].tolist(), predicted[items(i)].tolist()),
-        ),
-        "many labels": (
-            12, lambda: metrics.multi_label_intervals(many, marked),
-            lambda i: metrics.multi_label_metrics(many[i], marked[i]),
-        ),
-        "numbers": (
-            12, lambda: metrics.regression_intervals(numbers, guesses),
-            lambda i: metrics.regression_metrics(numbers[i], guesses[i]),
-        ),
+        "labels": (30, metrics.classification(truth, predicted), of_labels),
+        "labels of words": (10, metrics.classification(truth, predicted, rows), lambda i: of_labels(items(i))),
+        "many labels": (12, metrics.multi_label(many, marked), of_many),
+        "numbers": (12, metrics.regression(numbers, guesses), of_numbers),
         "ranks": (
-            12, lambda: metrics.rank_correlation_intervals({"spearman": values}, scores),
+            12, metrics.rank_correlations({"spearman": values}, scores),
             lambda i: {"spearman": spearmanr(values[i], scores[i]).statistic},
         ),
         "calibration": (
-            10, lambda: metrics.calibration_intervals(confidence, correct, rows),
-            lambda i: {"calibration_error": metrics.calibration_error(confidence[items(i)], correct[items(i)])},
+            10, metrics.calibration(confidence, correct, rows),
+            lambda i: {"calibration_error": calibration_error(confidence[items(i)], correct[items(i)])},
         ),
-        "means": (12, lambda: metrics.mean_intervals({"m": values}), lambda i: {"m": values[i].mean()}),
+        "means": (12, metrics.of_means({"m": values}), lambda i: {"m": values[i].mean()}),
     }  # fmt: skip
 
 
@@ -239,13 +258,13 @@ CASES = drawn_cases()
 
 @pytest.mark.parametrize("case", CASES)
 def test_intervals_are_those_of_a_naive_loop(case, monkeypatch):
-    rows, intervals, of_rows = CASES[case]
+    rows, statistic, of_rows = CASES[case]
     index = np.random.default_rng(1).integers(0, rows, size=(40, rows))
     monkeypatch.setattr(metrics, "resample", lambda rows: [index[:25], index[25:]])
     loop = [of_rows(chosen) for chosen in index]
     names = set().union(*loop)
     expected = {name: np.percentile([found[name] for found in loop if name in found], [2.5, 97.5]) for name in names}
-    found = intervals()
+    found = statistic.intervals()
     assert set(found) >= names
     for name, interval in expected.items():
         assert found[name] == pytest.approx(interval.tolist(), abs=1e-9), name
@@ -253,9 +272,11 @@ def test_intervals_are_those_of_a_naive_loop(case, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_intervals_lie_around_the_whole_for_ordinary_data(case):
-    rows, intervals, of_rows = CASES[case]
+    rows, statistic, of_rows = CASES[case]
+    whole, intervals = statistic.metrics(), statistic.intervals()
     for name, value in of_rows(np.arange(rows)).items():
-        low, high = intervals()[name]
+        low, high = intervals[name]
+        assert whole[name] == pytest.approx(value, abs=1e-12)
         assert low <= high and (name == "calibration_error" or low <= value <= high)  # which is biased upwards
 
 
@@ -263,9 +284,9 @@ def test_intervals_lie_around_the_whole_for_ordinary_data(case):
 @given(SENTENCES, st.data())
 def test_entity_counts_give_what_seqeval_gives(truth, data):
     predicted = [data.draw(st.lists(st.sampled_from(TAGS), min_size=len(row), max_size=len(row))) for row in truth]
-    found = metrics.entity_metrics(truth, predicted)
-    for name, reference in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
-        assert found[name] == pytest.approx(reference(truth, predicted, **STRICT), abs=1e-12), name
+    found = metrics.entities(truth, predicted).metrics()
+    for name, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+        assert found[name] == pytest.approx(score(truth, predicted, **STRICT), abs=1e-12), name
     counts, types = metrics.entity_counts(truth, predicted)
     in_truth = [name for name, count in zip(types, counts[:, 2].sum(axis=0), strict=True) if count]
     assert set(found) == {"f1", "precision", "recall", *(f"f1_{name}" for name in in_truth)}
@@ -278,7 +299,7 @@ def test_entity_counts_give_what_seqeval_gives(truth, data):
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=30))
 def test_calibration_errors_are_shares(items):
     confidence, correct = (np.array(x) for x in zip(*items, strict=True))
-    error = metrics.calibration_error(confidence, correct)
+    error = calibration_error(confidence, correct)
     assert 0 <= error <= 1
     assert error >= abs(confidence.mean() - correct.mean()) - 1e-9, "bins cannot hide an overall gap"
 
@@ -484,7 +505,7 @@ def test_a_live_model_is_calibrated_whatever_its_temperatures_were(data):
         now = evaluate.predict(pipe, name, recipe.tasks[name], data_sets()[name])
         assert now.spec.temperature == model.heads[name].spec.temperature == found[0][name]["temperature"]
         if name == "ner":  # its labels that begin an entity were shifted
-            assert metrics.entity_metrics(*now.tags)["f1"] >= metrics.entity_metrics(*then.tags)["f1"]
+            assert metrics.entities(*now.tags).metrics()["f1"] >= metrics.entities(*then.tags).metrics()["f1"]
             continue
         assert np.array_equal(now.logits.argmax(axis=1), then.logits.argmax(axis=1)) and now.tags == then.tags
         loss = learning_multitask.negative_log_likelihood

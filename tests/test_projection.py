@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from evaluation import embedding
-from evaluation.metrics import ndcg, neighbour_overlap, ranked_documents, recall_at
+from evaluation.metrics import ndcg, neighbours_shared, ranked_documents, recall_at
 from training import projection
 from training.projection import FitSettings, fit_projection, principal_axes
 
@@ -30,7 +30,7 @@ def made_up_vectors(seed, count=1500):
 
 
 def kept(vectors, matrix, dim):
-    return neighbour_overlap(vectors.numpy(), (vectors @ matrix[:dim].T).numpy(), 10)
+    return neighbours_shared(vectors.numpy(), (vectors @ matrix[:dim].T).numpy(), 10).mean()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_retrieval_by_hand():
     documents = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [-1, 0]])
     ranking = ranked_documents(np.array([[2.0, 0], [0, 3.0]]), documents, 3)
     assert ranking.tolist() == [[0, 1, 2], [2, 1, 0]]
-    gains = [{1: 1.0}, {2: 2.0, 3: 1.0}]
+    gains = np.array([[0, 1.0, 0, 0], [0, 0, 2, 1]])
     log3 = 1 / np.log2(3)
     np.testing.assert_allclose(ndcg(ranking, gains, 3), [log3, 2 / (2 + log3)])
     assert recall_at(ranking, gains, 3).tolist() == [1.0, 0.5]
@@ -100,8 +100,8 @@ def test_retrieval_by_hand():
 def test_retrieval_with_few_documents_and_without_relevant_ones():
     ranking = ranked_documents(np.ones((2, 2)), np.ones((3, 2)), 100)
     assert ranking.shape == (2, 3), "all documents are ranked"
-    assert ndcg(ranking, [{}, {0: 1.0}]).tolist() == [0.0, 1.0]
-    assert recall_at(ranking, [{}, {0: 1.0}]).tolist() == [0.0, 1.0]
+    gains = np.array([[0, 0, 0], [1.0, 0, 0]])
+    assert ndcg(ranking, gains).tolist() == recall_at(ranking, gains).tolist() == [0.0, 1.0]
 
 
 def write_set(folder, **files):

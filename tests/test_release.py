@@ -18,11 +18,12 @@ from annotator_multitask import group_scores
 from common.data import token_spans
 from configuration_multitask import WEIGHTS_INDEX
 from evaluation.metrics import (
-    classification_metrics,
+    classification,
+    cosines,
+    entities,
     entities_to_tags,
-    entity_metrics,
-    neighbour_overlap,
-    similarity_metrics,
+    neighbours_shared,
+    rank_correlations,
 )
 from modeling_multitask import MultiTaskModel
 from release import golden
@@ -314,7 +315,7 @@ def test_quality_of_sentiment_does_not_fall(shipped):
     rows = sample("sentiment")
     records = shipped([row["text"] for row in rows], tasks=["sentiment"], embedding=False)
     labels = [record["labels"]["sentiment"]["label"] for record in records]
-    found = classification_metrics([row["label"] for row in rows], labels)
+    found = classification([row["label"] for row in rows], labels).metrics()
     assert len(rows) == 200 and found["macro_recall"] >= SENTIMENT_FLOOR, found
 
 
@@ -322,7 +323,7 @@ def test_quality_of_emotions_in_ekmans_groups_does_not_fall(shipped):
     rows = sample("emotion")
     records = shipped([row["text"] for row in rows], tasks=["emotion"], embedding=False)
     grouped = [group_scores(record["labels"]["emotion"]["scores"]) for record in records]
-    found = classification_metrics([row["label"] for row in rows], [max(x, key=x.get) for x in grouped])
+    found = classification([row["label"] for row in rows], [max(x, key=x.get) for x in grouped]).metrics()
     assert len(rows) == 200 and found["macro_f1"] >= EMOTION_FLOOR, found
 
 
@@ -333,7 +334,7 @@ def test_quality_of_entities_does_not_fall(shipped):
         entities_to_tags(token_spans(row["tokens"]), record["entities"]["ner"])
         for row, record in zip(rows, records, strict=True)
     ]
-    found = entity_metrics([row["tags"] for row in rows], predicted)
+    found = entities([row["tags"] for row in rows], predicted).metrics()
     assert len(rows) == 200 and found["f1"] >= ENTITY_FLOOR, found
 
 
@@ -345,8 +346,10 @@ def test_quality_of_embeddings_does_not_fall(shipped):
     )
     scores = [row["score"] for row in rows]
     assert len(rows) == 200
-    assert similarity_metrics(first, second, scores) >= 0.81
-    assert similarity_metrics(first[:, :64], second[:, :64], scores) >= 0.75, "a prefix is a good embedding too"
+    values = {"whole": cosines(first, second), "prefix": cosines(first[:, :64], second[:, :64])}
+    found = rank_correlations(values, scores).metrics()
+    assert found["whole"] >= 0.81
+    assert found["prefix"] >= 0.75, "a prefix is a good embedding too"
 
 
 def test_every_file_of_the_repository_deserves_its_place():
@@ -377,17 +380,18 @@ def test_entities_become_tags_and_a_part_of_a_token_is_not_the_token():
 
 
 def test_metrics_by_hand():
-    found = classification_metrics(["a", "a", "b"], ["a", "b", "b"])
+    found = classification(["a", "a", "b"], ["a", "b", "b"]).metrics()
     assert found["macro_recall"] == pytest.approx(0.75) and found["accuracy"] == pytest.approx(2 / 3)
-    found = entity_metrics([["B-X", "I-X", "O", "B-Y"]], [["B-X", "I-X", "O", "O"]])
+    found = entities([["B-X", "I-X", "O", "B-Y"]], [["B-X", "I-X", "O", "O"]]).metrics()
     assert found == {"f1": pytest.approx(2 / 3), "precision": 1.0, "recall": 0.5, "f1_X": 1.0, "f1_Y": 0.0}
     vectors = np.array([[1.0, 0], [1, 0], [1, 0]]), np.array([[1.0, 0], [1, 1], [0, 1]])
-    assert similarity_metrics(*vectors, [5.0, 2.0, 1.0]) == pytest.approx(1.0)
+    assert rank_correlations({"x": cosines(*vectors)}, [5.0, 2.0, 1.0]).metrics()["x"] == pytest.approx(1.0)
 
 
 def test_neighbour_overlap_by_hand():
     angles = np.radians([0, 10, 30, 180, 190])
     before = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert neighbour_overlap(before, before @ np.array([[0, 1], [-1, 0]]), count=1) == 1.0  # a rotation moves no neighbour
+    rotated = before @ np.array([[0, 1], [-1, 0]])
+    assert neighbours_shared(before, rotated, count=1).mean() == 1.0  # a rotation moves no neighbour
     after = before[[0, 1, 3, 2, 4]]
-    assert neighbour_overlap(before, after, count=1) == pytest.approx(2 / 5)  # texts 0 and 1 keep each other
+    assert neighbours_shared(before, after, count=1).mean() == pytest.approx(2 / 5)  # texts 0 and 1 keep each other
