@@ -126,7 +126,7 @@ def chips(spec: Any, answer: Record) -> str:
 
 
 def read_vectors(lines: str, width: int) -> np.ndarray:
-    """Returns the vectors of a text with a JSON list of `width` numbers on each line, float32 [N, width].
+    """Returns the vectors of a text with a JSON list of `width` numbers on each line, at length 1, float32 [N, width].
 
     Raises:
         gr.Error: A line is something else, or there are none or too many.
@@ -141,15 +141,10 @@ def read_vectors(lines: str, width: int) -> np.ndarray:
             vector = np.zeros(0)
         if vector.shape != (width,) or not np.isfinite(vector).all() or not vector.any():
             raise problem(f"line {number} is {line.strip():.30}…; allowed: a JSON list of {width} numbers, not all zero.")
-        vectors.append(vector)
+        vectors.append(vector / np.linalg.norm(vector))
     if not 1 <= len(vectors) <= MAX_LINES:
         raise problem(f"vectors has {len(vectors)} lines; allowed: 1 to {MAX_LINES}. Write one vector on each line.")
     return np.stack(vectors)
-
-
-def normalized(vectors: np.ndarray) -> np.ndarray:
-    """Returns vectors, float [N, E], at length 1."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def show_labels(spec: Any, answer: Record) -> dict[str, float] | str:
@@ -159,11 +154,6 @@ def show_labels(spec: Any, answer: Record) -> dict[str, float] | str:
     if "values" in answer:
         return ", ".join(f"{name} {value:.2f}" for name, value in answer["values"].items())
     return answer["scores"]
-
-
-def plain(record: Record) -> Record:
-    """Returns a record that JSON can hold, the long vector last."""
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in sorted(record.items())}
 
 
 # A csv file
@@ -278,7 +268,9 @@ class Demo:
         record = self.run([text])[0]
         entities = [{"text": text, "entities": record["entities"][name]} for name in self.token_tasks]
         labels = [show_labels(self.specs[name], record["labels"][name]) for name in self.sequence_tasks]
-        return [*entities, *labels, vector_picture(record["sentence_embedding"]), plain(record)]
+        vector = record["sentence_embedding"]
+        plain = dict(sorted({**record, "sentence_embedding": vector.tolist()}.items()))  # the long vector last
+        return [*entities, *labels, vector_picture(vector), plain]
 
     def compare(self, lines: str) -> str:
         """Returns a heat map of the texts, one per line; empty lines do not count."""
@@ -296,8 +288,9 @@ class Demo:
     def move(self, lines: str) -> tuple[str, str]:
         """Returns what moving the encoder's vectors to this model's dimensions changes, and the moved vectors, one per line."""
         weight = self.pipe.model.linear.weight.detach().float().cpu().numpy()  # [E, H]
-        old = normalized(read_vectors(lines, weight.shape[1]))
-        new = normalized(old @ weight.T)
+        old = read_vectors(lines, weight.shape[1])
+        new = old @ weight.T
+        new /= np.linalg.norm(new, axis=1, keepdims=True)
         change = np.abs(old @ old.T - new @ new.T).max()
         said = f"{len(old)} vectors: {weight.shape[1]} → {weight.shape[0]} dimensions, no text encoded."
         compared = f" Their similarities to each other change by at most {change:.3f}." if len(old) > 1 else ""
@@ -353,8 +346,7 @@ class Demo:
                 button = gr.Button("Annotate", variant="primary")
                 examples = gr.Column()
             with gr.Column():
-                shown = [self._marked(name, next(first)) for name in self.token_tasks]
-                shown += [self._labels(name, next(first)) for name in self.sequence_tasks]
+                shown = [self._answer(name, next(first)) for name in [*self.token_tasks, *self.sequence_tasks]]
                 shown.append(_picture("The vector", next(first)))
                 with gr.Accordion("The record, as the pipeline returns it", open=False):
                     shown.append(gr.JSON(show_label=False, value=next(first)))
@@ -364,16 +356,13 @@ class Demo:
                 EXAMPLES, text, shown, self.annotate, cache_examples=False, run_on_click=True, api_visibility="private"
             )
 
-    def _marked(self, name: str, value: Any) -> gr.HighlightedText:
-        groups = dict.fromkeys(
-            label.removeprefix("B-").removeprefix("I-") for label in self.specs[name].labels if label != "O"
-        )
-        return gr.HighlightedText(label=name, value=value, color_map=dict(zip(groups, cycle(COLOURS), strict=False)))
-
-    def _labels(self, name: str, value: Any) -> gr.Label | gr.HTML:
+    def _answer(self, name: str, value: Any) -> gr.HighlightedText | gr.Label | gr.HTML:
         if self.specs[name].problem_type == "multi_label_classification":
             return _picture(name, value)
-        return gr.Label(label=name, value=value, num_top_classes=8)
+        if name in self.sequence_tasks:
+            return gr.Label(label=name, value=value, num_top_classes=8)
+        groups = dict.fromkeys(x.removeprefix("B-").removeprefix("I-") for x in self.specs[name].labels if x != "O")
+        return gr.HighlightedText(label=name, value=value, color_map=dict(zip(groups, cycle(COLOURS), strict=False)))
 
     def _compare_tab(self) -> None:
         info = f"One text on each line, 2 to {MAX_LINES} of them"
