@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import pipeline
 
-from annotator_multitask import ONNX_FILES, Annotator, Record, pad_windows
+from annotator_multitask import ONNX_FILES, Record, pad_windows
 from benchmarks.run import make_parser, positive, run_rounds, write_result
 from common.data import load_split
 from release.onnx import onnx_run, quantize
@@ -30,6 +30,7 @@ TEXTS = {
 }  # fmt: skip
 CALIBRATION_TEXTS = 64
 FLOAT, BFLOAT16 = "float32", "PyTorch in bfloat16"
+SETTINGS = {"per_channel": True, "reduce_range": True}  # of ONNX Runtime's quantization of weights
 Feeds = list[dict[str, np.ndarray]]
 
 
@@ -47,8 +48,7 @@ def per_batch(source: Path, target: Path, feeds: Feeds) -> None:
     """Writes a graph that quantizes activations by the range of a batch, ONNX Runtime's dynamic quantization."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    options: dict[str, Any] = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
-    quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gather"], **options)
+    quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gather"], weight_type=QuantType.QInt8, **SETTINGS)
 
 
 def calibrated(source: Path, target: Path, feeds: Feeds, method: str) -> None:
@@ -56,17 +56,16 @@ def calibrated(source: Path, target: Path, feeds: Feeds, method: str) -> None:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rows: Iterator[dict[str, np.ndarray]] = iter(feeds)
+        rows = iter(feeds)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.rows, None)
 
-    options: dict[str, Any] = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
-    method = CalibrationMethod[method]
-    types = {"activation_type": QuantType.QUInt8, "op_types_to_quantize": ["MatMul"]}
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
     only_weights = {"extra_options": {"MatMulConstBOnly": True}}
-    quantize_static(source, target, Reader(), calibrate_method=method, **types, **options, **only_weights)
+    quantize_static(
+        source, target, Reader(), calibrate_method=CalibrationMethod[method], **types, **SETTINGS, **only_weights
+    )
 
 
 def blocks(source: Path, target: Path, feeds: Feeds) -> None:
@@ -102,15 +101,15 @@ WAYS: dict[str, Callable[[Path, Path, Feeds], None]] = {
 }
 
 
-class Graph:
-    """A graph of all outputs as what runs an annotator's model."""
+def graph_forward(path: Path, tasks: list[str]) -> Callable[..., Any]:
+    """Returns a graph of all outputs as what runs an annotator's model."""
+    run = onnx_run(path)
 
-    def __init__(self, path: Path, names: list[str], tasks: list[str]) -> None:
-        self.run, self.names, self.tasks = onnx_run(path), names, tasks
+    def forward(inputs: dict[str, np.ndarray], *_: Any) -> Any:
+        found = run(inputs)
+        return found[1], dict(zip(tasks, found[3:], strict=True))
 
-    def __call__(self, inputs: dict[str, np.ndarray], tasks: list[str], vector: str | None) -> Any:
-        found = self.run({name: value for name, value in inputs.items() if name in self.names})
-        return found[1], dict(zip(self.tasks, found[3:], strict=True))
+    return forward
 
 
 def decisions(record: Record) -> tuple[dict[str, Any], set[tuple[str, int, int]]]:
@@ -122,10 +121,9 @@ def decisions(record: Record) -> tuple[dict[str, Any], set[tuple[str, int, int]]
 
 def differences(expected: list[Record], found: list[Record]) -> dict[str, Any]:
     """Returns how far records are from others of the same texts."""
-    cosines = [
-        float(one["sentence_embedding"] @ other["sentence_embedding"]) for one, other in zip(expected, found, strict=True)
-    ]
-    pairs = [(decisions(one), decisions(other)) for one, other in zip(expected, found, strict=True)]
+    rows = list(zip(expected, found, strict=True))
+    cosines = [float(one["sentence_embedding"] @ other["sentence_embedding"]) for one, other in rows]
+    pairs = [(decisions(one), decisions(other)) for one, other in rows]
     return {
         "cosine_mean": statistics.mean(cosines),
         "cosine_min": min(cosines),
@@ -135,43 +133,33 @@ def differences(expected: list[Record], found: list[Record]) -> dict[str, Any]:
     }
 
 
-def annotate(
-    annotator: Annotator, graph: Callable[..., Any], texts: list[str], batch_tokens: int | None = None
-) -> list[Record]:
-    """Returns the records of texts by a graph, or by whatever else gives a batch's vectors and logits."""
-    annotator.forward = graph
-    return list(annotator.stream(texts, batch_tokens=batch_tokens))
-
-
 def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
-    """Returns each way's time as a share of float32's, its size, and how its answers differ."""
+    """Returns each way's time as a share of float32's, and how its answers differ."""
     options = {"model": model, "trust_remote_code": True, "device": "cpu"}
     annotator, half = (pipeline("multitask", dtype=dtype, **options).annotator for dtype in ("float32", "bfloat16"))
     tasks, source = list(annotator.model.config.tasks), Path(model, ONNX_FILES["onnx"])
     windows = sorted(annotator.windows(texts[::-1][:CALIBRATION_TEXTS], tasks), key=lambda window: len(window.input_ids))
     middle = windows[len(windows) // 4 : -(-3 * len(windows) // 4)]  # of like length: calibrators take one shape
-    batch = pad_windows(middle, 0)
-    names = ["input_ids", "attention_mask", "casing_ids"]
-    feeds = [{name: batch[name] for name in names}]
+    feeds = [pad_windows(middle, 0)]
     with tempfile.TemporaryDirectory() as folder:
         paths = {FLOAT: source, **{name: Path(folder, f"{i}.onnx") for i, name in enumerate(WAYS)}}
         for name, make in WAYS.items():
             make(source, paths[name], feeds)
-        graphs: dict[str, Callable[..., Any]] = {name: Graph(path, names, tasks) for name, path in paths.items()}
+        graphs: dict[str, Callable[..., Any]] = {name: graph_forward(path, tasks) for name, path in paths.items()}
         graphs[BFLOAT16] = half.forward
-        together: dict[str, list[Record]] = {}
+        found: dict[int | None, dict[str, list[Record]]] = {None: {}, 1: {}}  # in batches as they come, and each text alone
 
-        def run(name: str) -> None:
-            together[name] = annotate(annotator, graphs[name], texts)
+        def run(name: str, batch_tokens: int | None = None) -> None:
+            annotator.forward = graphs[name]
+            found[batch_tokens][name] = list(annotator.stream(texts, batch_tokens=batch_tokens))
 
-        jobs = {name: partial(run, name) for name in graphs}
-        seconds = run_rounds(jobs, rounds, log)
-        sizes = {name: path.stat().st_size for name, path in paths.items()}
-        alone = {name: annotate(annotator, graph, texts, 1) for name, graph in graphs.items()}
+        seconds = run_rounds({name: partial(run, name) for name in graphs}, rounds, log)
+        for name in graphs:
+            run(name, 1)
+    together, alone = found.values()
     return {
         name: {
             "time_to_float": statistics.median(a / b for a, b in zip(values, seconds[FLOAT], strict=True)),
-            "bytes": sizes.get(name),
             "beside_float": differences(together[FLOAT], together[name]),
             "alone_beside_batch": differences(together[name], alone[name]),
         }

@@ -8,25 +8,27 @@ computes the missing cells. From them it draws results/own_task.png and renders 
 
 import argparse
 import json
-import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from seqeval.metrics.sequence_labeling import get_entities
 
-from common.data import token_spans
+from common.data import class_names, load_split, token_spans
 from common.files import ROOT, environment_info, write_json
 from learning_multitask import learn_texts, read_examples, read_pooled
 from pipeline_multitask import MultiTaskPipeline
-from training.add_task import load, measure_task, read_file
+from release.card import fill
+from release.tables import markdown
+from training.add_task import Rows, load, measure_task, read_file
 from weights_multitask import sha256
 
-SEEDS = range(5)
+CACHE = ROOT / "runs/own_task"  # of what the model reads
 TUNED = (1, 10, 100, 1000)  # values of C
 PAGE = ROOT / "docs/own-tasks.md"
 TITLES = {
@@ -57,14 +59,7 @@ class Part:
         return Part(self.texts[rows], self.labels[rows], self.features[rows], self.vectors[rows])
 
 
-def tag_spans(tokens: list[str], tags: Iterable[str | None]) -> list[tuple[int, int, str]]:
-    """Returns the entities of BIO tags in the text of tokens joined by spaces, as (start, end, type)."""
-    spans = token_spans(tokens)
-    found = get_entities([tag or "O" for tag in tags])
-    return [(spans[first][0], spans[last][1], kind) for kind, first, last in found]
-
-
-def read_part(pipe: MultiTaskPipeline, folder: Path, split: str, cache: Path) -> Part:
+def read_part(pipe: MultiTaskPipeline, cache: Path, folder: Path, split: str) -> Part:
     """Returns a split without texts that are out of scope; what the model reads is kept in the cache for the next run."""
     texts, labels = (np.array(x) for x in read_file(folder / f"{split}.parquet", "text", "label"))
     texts, labels = texts[labels != "oos"], labels[labels != "oos"]
@@ -140,36 +135,24 @@ def setfit(model: str, train: Part, test: Part, seed: int) -> Cell:
     return {"accuracy": float((np.array(known.predict(test.texts.tolist())) == test.labels).mean()), "seconds": seconds}
 
 
-def whole(model: str, train: Part, test: Part, seed: int) -> Cell:
-    """Returns the same of the pipeline's `add_task` from a warm pipeline; its seconds include the reading."""
+def whole(model: str, train: Rows, test: Rows, seed: int, field: str = "accuracy") -> Cell:
+    """Returns the test score, under the name `field`, of the pipeline's `add_task`; its seconds include the reading."""
     pipe = load(Path(model))
     pipe(["warm"], embedding=False)
     start = time.perf_counter()
-    pipe.add_task("own", train.texts.tolist(), train.labels.tolist(), seed=seed, progress=False)
+    pipe.add_task("own", *train, seed=seed, progress=False)
     seconds = time.perf_counter() - start
-    measured = measure_task(pipe, "own", test.texts.tolist(), test.labels.tolist())
-    return {"accuracy": measured["score"], "seconds": seconds}
+    return {field: measure_task(pipe, "own", *test)["score"], "seconds": seconds}
 
 
-def entities(model: str, folder: Path, seed: int, rows: int) -> Cell:
-    """Returns strict F1 on wnut17's test split for person and location, learned from some rows of its train split."""
-    import pyarrow.parquet
-
-    def read(split: str) -> tuple[list[str], list[list[tuple[int, int, str]]]]:
-        table = pyarrow.parquet.read_table(folder / f"{split}.parquet")
-        names = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]["ner_tags"]["feature"]["names"]
-        data = table.to_pydict()
-        tags = [[names[x] for x in row] for row in data["ner_tags"]]
-        wanted = [[x if x[2:] in ("person", "location") else "O" for x in row] for row in tags]
-        return [" ".join(x) for x in data["tokens"]], [tag_spans(*x) for x in zip(data["tokens"], wanted, strict=True)]
-
-    pipe, (texts, spans) = load(Path(model)), read("train")
-    chosen = np.random.default_rng(seed).permutation(len(texts))[:rows]
-    start = time.perf_counter()
-    pipe.add_task("own", [texts[i] for i in chosen], [spans[i] for i in chosen], seed=seed, progress=False)
-    seconds = time.perf_counter() - start
-    measured = measure_task(pipe, "own", *read("test"))
-    return {"entity_f1": measured["score"], "seconds": seconds}
+def read_entities(folder: Path, split: str) -> Rows:
+    """Returns a split's texts and the persons and locations in each, as (start, end, type)."""
+    data, spans = load_split(str(folder), split, ["tokens", "ner_tags"]), []
+    names = class_names(data, "ner_tags")
+    for tokens, tags in zip(data["tokens"], data["ner_tags"], strict=True):
+        places, found = token_spans(tokens), get_entities([names[x] for x in tags])
+        spans.append([(places[i][0], places[j][1], kind) for kind, i, j in found if kind in ("person", "location")])
+    return [" ".join(tokens) for tokens in data["tokens"]], spans
 
 
 FITS: dict[str, Callable[[Part, Part, int], Cell]] = {
@@ -180,43 +163,29 @@ FITS: dict[str, Callable[[Part, Part, int], Cell]] = {
 SIZES = {2: 5, 5: 5, 10: 5, 20: 3, 50: 1, None: 1}
 
 
-def measure(args: argparse.Namespace, cells: dict[str, Cell]) -> None:
-    """Measures the cells that are missing, the quick ones first, and writes the file after each."""
-
-    def keep(key: str, cell: Callable[[], Cell]) -> None:
-        if key not in cells and (not args.only or re.search(args.only, key)):
-            cells[key] = cell()
-            about = {"command": "python -m benchmarks.own_task . --data FOLDER", **environment_info()}
-            write_json(args.output, {**about, "cells": cells})
-            print(key, json.dumps(cells[key]), flush=True)
-
-    pipe, cache = probe(args.model), args.cache / sha256(Path(args.model) / "heads/model.safetensors")[:12]
+def jobs(model: str, data: Path) -> Iterator[tuple[str, Callable[[], Cell]]]:
+    """Yields each cell's name and what measures it, the quick ones first."""
+    pipe, cache = probe(model), CACHE / sha256(Path(model) / "heads/model.safetensors")[:12]
     parts = {
-        name: [read_part(pipe, args.data / name, split, cache) for split in ("train", "test")]
-        for name in ("clinc150", "hwu64")
+        name: [read_part(pipe, cache, data / name, split) for split in ("train", "test")] for name in ("clinc150", "hwu64")
     }
-    for size, seeds in SIZES.items():
-        for name, both in parts.items():
-            for seed in range(seeds):
-                drawn = draw(*both, size, None, seed)
-                for method, fit in FITS.items():
-                    label = "all" if size is None else str(size)
-                    keep(f"{name} / {label} per label / {method} / seed {seed}", lambda f=fit, d=drawn, s=seed: f(*d, s))
-    for seed in SEEDS:
-        for name, both in parts.items():
-            few, some = draw(*both, 8, 10, seed), draw(*both, 80, 5, seed)
-            keep(f"{name} / 8 per label, 10 labels / add_task / seed {seed}", lambda d=few, s=seed: whole(args.model, *d, s))
-            keep(
-                f"{name} / 80 per label, 5 labels / add_task / seed {seed}", lambda d=some, s=seed: whole(args.model, *d, s)
-            )
-            if seed < args.setfit_seeds:
-                key = f"{name} / 8 per label, 10 labels / setfit / seed {seed}"
-                keep(key, lambda d=few, s=seed: setfit(args.model, *d, s))
+    for (size, seeds), (name, both) in product(SIZES.items(), parts.items()):
+        for seed in range(seeds):
+            drawn = draw(*both, size, None, seed)
+            for method, fit in FITS.items():
+                yield f"{name} / {size or 'all'} per label / {method} / seed {seed}", partial(fit, *drawn, seed)
+    for seed, (name, both) in product(range(5), parts.items()):
+        for size, labels in ((8, 10), (80, 5)):
+            setting, drawn = f"{name} / {size} per label, {labels} labels", draw(*both, size, labels, seed)
+            rows = [(part.texts.tolist(), part.labels.tolist()) for part in drawn]
+            yield f"{setting} / add_task / seed {seed}", partial(whole, model, *rows, seed)
+            if seed == 0 and size == 8:
+                yield f"{setting} / setfit / seed {seed}", partial(setfit, model, *drawn, seed)
+    (texts, spans), test = (read_entities(data / "wnut17", split) for split in ("train", "test"))
     for seed in range(3):
-        keep(
-            f"wnut17 / 300 sentences / add_task / seed {seed}",
-            lambda s=seed: entities(args.model, args.data / "wnut17", s, 300),
-        )
+        chosen = np.random.default_rng(seed).permutation(len(texts))[:300]
+        some = [texts[i] for i in chosen], [spans[i] for i in chosen]
+        yield f"wnut17 / 300 sentences / add_task / seed {seed}", partial(whole, model, some, test, seed, "entity_f1")
 
 
 # What is shown
@@ -234,18 +203,16 @@ def summary(cells: dict[str, Cell], field: str = "accuracy") -> dict[tuple[str, 
 def table(cells: dict[str, Cell]) -> str:
     """Returns the means over seeds as a Markdown table."""
     accuracy, seconds = summary(cells), summary(cells, "seconds")
-    lines = ["| data set | examples | method | accuracy | range over seeds | seconds to fit |", "|---|---|---|---|---|---|"]
+    rows = []
     for (data, setting, method), values in sorted(accuracy.items(), key=lambda x: (x[0][0], list(accuracy).index(x[0]))):
         spread = f"{min(values):.3f} to {max(values):.3f} ({len(values)})" if len(values) > 1 else "one seed"
-        time_taken = np.mean(seconds[data, setting, method])
-        lines.append(f"| {data} | {setting} | {TITLES[method]} | {np.mean(values):.3f} | {spread} | {time_taken:.1f} |")
+        time_taken = f"{np.mean(seconds[data, setting, method]):.1f}"
+        rows.append([data, setting, TITLES[method], f"{np.mean(values):.3f}", spread, time_taken])
     for key, cell in cells.items():
         if "entity_f1" in cell:
             data, setting, _, seed = key.split(" / ")
-            lines.append(
-                f"| {data} | {setting} | `add_task` | entity F1 {cell['entity_f1']:.3f} | {seed} | {cell['seconds']:.1f} |"
-            )
-    return "\n".join(lines)
+            rows.append([data, setting, "`add_task`", f"entity F1 {cell['entity_f1']:.3f}", seed, f"{cell['seconds']:.1f}"])
+    return markdown(["data set", "examples", "method", "accuracy", "range over seeds", "seconds to fit"], rows)
 
 
 def picture(cells: dict[str, Cell], path: Path) -> None:
@@ -274,17 +241,17 @@ def main() -> None:
     parser.add_argument("model", help="release folder")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=ROOT / "results/own_task.json")
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs/own_task", help="folder for what the model reads")
-    parser.add_argument("--only", help="regular expression: measure the cells whose names it finds")
-    parser.add_argument("--setfit-seeds", type=int, default=1)
     args = parser.parse_args()
     cells: dict[str, Any] = json.loads(args.output.read_text("utf-8"))["cells"] if args.output.exists() else {}
-    measure(args, cells)
+    for key, measure in jobs(args.model, args.data):
+        if key not in cells:
+            cells[key] = measure()
+            about = {"command": "python -m benchmarks.own_task . --data FOLDER", **environment_info()}
+            write_json(args.output, {**about, "cells": cells})
+            print(key, json.dumps(cells[key]), flush=True)
     picture(cells, args.output.with_suffix(".png"))
     if args.output == parser.get_default("output"):
-        rendered = f"<!-- own-task -->\n{table(cells)}\n<!-- /own-task -->"
-        block = re.compile("<!-- own-task -->.*<!-- /own-task -->", re.DOTALL)
-        PAGE.write_text(block.sub(lambda _: rendered, PAGE.read_text("utf-8")), "utf-8")
+        PAGE.write_text(fill(PAGE.read_text("utf-8"), "own-task", table(cells)), "utf-8")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ be answered, or refused with 429.
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ PATIENCE = 600  # seconds
 
 
 def read_texts(count: int) -> list[str]:
-    """Returns so many different texts of the samples."""
+    """Returns so many texts of the samples, different ones as far as they go."""
     rows = [
         json.loads(line)
         for name in ("sentiment", "emotion", "ner")
         for line in (ROOT / f"tests/samples/{name}.jsonl").read_text("utf-8").splitlines()
     ]
-    texts = dict.fromkeys(" ".join(row["tokens"]) if "tokens" in row else row["text"] for row in rows)
-    return list(texts)[:: max(1, len(texts) // count)][:count]
+    texts = list(dict.fromkeys(" ".join(row["tokens"]) if "tokens" in row else row["text"] for row in rows))
+    return list(islice(cycle(texts[:: max(1, len(texts) // count)]), count))
 
 
 def post(port: int, text: str) -> tuple[int, Any]:
@@ -90,13 +91,11 @@ class Server:
         for _ in range(PATIENCE):
             if self.process.poll() is not None:
                 raise RuntimeError(f"{' '.join(self.command)} exited with {self.process.returncode}; run it to see why.")
-            try:
+            with suppress(OSError, HTTPException):
                 connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
                 connection.request("GET", "/health")
                 if connection.getresponse().status == 200:
                     return self
-            except (OSError, HTTPException):
-                pass
             time.sleep(1)
         raise RuntimeError(f"the server was not ready after {PATIENCE} seconds")
 
@@ -113,7 +112,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results/serving.json")
     args = parser.parse_args()
     texts = read_texts(args.requests)
-    texts = (texts * math.ceil(args.requests / len(texts)))[: args.requests]
     pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
     expected = dict(zip(texts, pipe(texts), strict=True))
     one_by_one = measure(lambda text: same(pipe(text), expected[text]), texts, 1)

@@ -3,6 +3,7 @@
 Colours are those of the palette of Okabe and Ito (2008), which colour-blind people can tell apart.
 """
 
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +24,18 @@ def learning_curves(history: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, averages = figure.subplots(1, 2)
-    _draw_curves(losses, history, [key for entry in history for key in entry if key.startswith("loss_")], "loss_")
+    _draw_curves(losses, history, "loss_")
     losses.set(title="training loss per task", xlabel="step", ylabel="loss", yscale="log")
-    _draw_curves(averages, history, [key for entry in history for key in entry if key == "eval_average"], "eval_")
+    _draw_curves(averages, history, "eval_average")
     averages.set(title="validation splits", xlabel="step", ylabel="mean of the tasks' main metrics")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _draw_curves(axes: "Axes", history: list[dict[str, Any]], keys: list[str], prefix: str) -> None:
-    for index, key in enumerate(dict.fromkeys(keys)):
+def _draw_curves(axes: "Axes", history: list[dict[str, Any]], prefix: str) -> None:
+    keys = dict.fromkeys(key for entry in history for key in entry if key.startswith(prefix))
+    for key, colour in zip(keys, cycle(COLOURS), strict=False):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        name, colour = key.removeprefix(prefix), COLOURS[index % len(COLOURS)]
-        axes.plot(*zip(*points, strict=True), marker=".", label=name, color=colour)
+        axes.plot(*zip(*points, strict=True), marker=".", label=key.partition("_")[2], color=colour)
     if keys:
         axes.legend()

@@ -32,8 +32,8 @@ class Refusal(Exception):
     """A request that is not allowed; the message says what is."""
 
 
-class Endpoint(litserve.LitAPI):
-    """What both endpoints share: requests are read one by one, so that a bad one harms no other, and answered together.
+class Annotate(litserve.LitAPI):
+    """Records, as `handler.EndpointHandler` gives them: requests are read one by one, so that a bad one harms no other.
 
     Args:
         model: The model's folder.
@@ -69,24 +69,14 @@ class Endpoint(litserve.LitAPI):
         Raises:
             Refusal, ValueError: The request is not allowed.
         """
-        raise NotImplementedError
-
-    def answer(self, requests: list[Any]) -> list[Any]:
-        """Returns the answer of each request, ready for JSON."""
-        raise NotImplementedError
-
-
-class Annotate(Endpoint):
-    """Records, as `handler.EndpointHandler` gives them."""
-
-    def read(self, request: dict[str, Any]) -> Any:
         return self.handler.read(request)
 
     def answer(self, requests: list[Any]) -> list[Any]:
+        """Returns the answer of each request, ready for JSON."""
         return self.handler.answer(requests)
 
 
-class Embeddings(Endpoint):
+class Embeddings(Annotate):
     """Embeddings in the form of OpenAI's API; with `dimensions` at the encoder's width, the encoder's own."""
 
     def setup(self, device: str) -> None:
