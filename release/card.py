@@ -12,17 +12,16 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 
 from common.files import ROOT
 from release.figures import MISSING, render_figures
-from release.tables import RENDERERS, emissions, measured_metrics, measured_tasks, read_some
+from release.tables import RENDERERS, emissions, measured_tasks, read_some
 
-_METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _MARKER = "<!-- results -->"
 _EXAMPLE = re.compile(r"(<!-- example -->\n```console\n\$ (.*?)\n).*?(```\n<!-- /example -->)", re.DOTALL)
 
@@ -36,22 +35,6 @@ def can_render(folder: Path) -> bool:
 def documents(folder: Path) -> list[Path]:
     """Returns the documents that show figures, those that exist."""
     return [path for path in (folder / "discussion.md", *sorted((folder / "docs").glob("*.md"))) if path.is_file()]
-
-
-def metadata(card: str, folder: Path) -> str:
-    """Returns a card's YAML metadata with the data sets, the results and the emissions rendered again."""
-    found = _METADATA.match(card)
-    fields = yaml.safe_load(found[1]) if found else {}
-    name = folder.resolve().name
-    for index in fields.pop("model-index", []):
-        name = index["name"]
-    tasks = measured_tasks(folder)
-    evaluations = [_evaluation(task, metric, found) for _, task, found in tasks for metric in measured_metrics(task, found)]
-    # A data set without an owner is a local one: the Hub could not link to it.
-    fields["datasets"] = sorted({task["dataset"] for _, task, _ in tasks if "/" in task["dataset"]})
-    if training := read_some("training", folder):
-        fields["co2_eq_emissions"] = emissions(training)
-    return f"---\n{ModelCardData(**fields, model_name=name, eval_results=evaluations).to_yaml()}\n---\n"
 
 
 def _evaluation(task: dict[str, Any], metric: dict[str, Any], found: dict[str, Any]) -> EvalResult:
@@ -85,20 +68,29 @@ def render(text: str, folder: Path = ROOT) -> str:
     """Returns a document with its figures and tables rendered again; what has not been measured says so."""
     for marker, renderer in RENDERERS.items():
         if f"<!-- {marker} -->" in text:
-            text = fill(text, marker, renderer(folder) or f"*{MISSING.capitalize()}.*\n")
+            table = ""
+            with suppress(FileNotFoundError):
+                table = renderer(folder)
+            text = fill(text, marker, table or f"*{MISSING.capitalize()}.*\n")
     return render_figures(text, folder)
 
 
-def render_card(card: str, folder: Path = ROOT) -> str:
-    """Returns a folder's README.md with its metadata, figures and tables rendered again.
+def render_card(text: str, folder: Path = ROOT) -> str:
+    """Returns a folder's README.md with its figures and tables and, in the metadata, data sets, results and emissions again.
 
     Raises:
-        ValueError: A result file or a marker is missing, or a placeholder names what results/ does not hold.
+        FileNotFoundError: A result file of the tasks is missing.
+        ValueError: A marker is missing, or a placeholder names what results/ does not hold.
     """
-    text = _METADATA.sub("", card)
-    if _MARKER not in text:
-        raise ValueError("the document must hold <!-- results --> and <!-- /results --> once; it does 0 times.")
-    return metadata(card, folder) + render(text, folder)
+    card, tasks = ModelCard(fill(text, "results", "")), measured_tasks(folder)
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    card.data.eval_results = [_evaluation(task, metric, found) for _, task, found in tasks for metric in task["metrics"]]
+    # A data set without an owner is a local one: the Hub could not link to it.
+    card.data.datasets = sorted({task["dataset"] for _, task, _ in tasks if "/" in task["dataset"]})
+    if training := read_some("training", folder):
+        card.data["co2_eq_emissions"] = emissions(training)
+    card.text = render(card.text, folder)
+    return str(card)
 
 
 def run_examples(text: str, folder: Path = ROOT) -> str:
@@ -106,9 +98,7 @@ def run_examples(text: str, folder: Path = ROOT) -> str:
 
     def run(found: re.Match[str]) -> str:
         command = [sys.executable, *shlex.split(found[2])[1:]]
-        return (
-            found[1] + subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout + found[3]
-        )
+        return found[1] + subprocess.check_output(command, cwd=folder, text=True) + found[3]
 
     return _EXAMPLE.sub(run, text)
 
@@ -125,7 +115,7 @@ def main() -> None:
         text = path.read_text("utf-8")
         try:
             rendered = render_card(text, folder) if path == card else render(text, folder)
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             sys.exit(f"{path}: {error}")
         write(path, run_examples(rendered, folder))
     print(f"README.md, discussion.md and docs/ of {folder} show what results/ holds")

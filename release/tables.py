@@ -1,12 +1,12 @@
 """Tables and sentences that documents show between markers, each rendered from a folder's result files.
 
-A renderer takes the folder and returns Markdown, or None if what it needs has not been measured yet.
+A renderer takes the folder and returns Markdown, or "" or a FileNotFoundError if what it needs has not been measured yet.
 """
 
 import json
 import statistics
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,96 +34,106 @@ SET_NAMES = {
 }
 OVERLAP = "nearest-neighbour overlap@10"
 METRIC_NAMES = {"overlap@10": OVERLAP, "spearman": "Spearman", "ndcg@10": "nDCG@10", "accuracy": "linear-probe accuracy"}
+FILES = {
+    "model.safetensors": "encoder, float32: all-MiniLM-L6-v2's own file",
+    "heads/model.safetensors": "task branch and heads, float16",
+    "2_Dense/model.safetensors": "projection to 256 dimensions, float32",
+    "tokenizer.json": "tokenizer: all-MiniLM-L6-v2's own file",
+}
 
 
-def read(name: str, folder: Path = ROOT) -> dict[str, Any]:
+def read(name: str, folder: Path) -> dict[str, Any]:
     """Returns a result file by its name without ending.
 
     Raises:
-        ValueError: There is no such file.
+        FileNotFoundError: There is no such file.
     """
     path = folder / "results" / f"{name}.json"
     if not path.exists():
-        raise ValueError(f"{path} is missing; the documents of {folder} are rendered from it.")
+        raise FileNotFoundError(f"{path} is missing; the documents of {folder} are rendered from it.")
     return json.loads(path.read_text("utf-8"))
 
 
-def read_some(name: str, folder: Path) -> dict[str, Any] | None:
-    """Returns a result file, or None if there is none."""
-    return read(name, folder) if (folder / f"results/{name}.json").exists() else None
+def read_some(name: str, folder: Path) -> dict[str, Any]:
+    """Returns a result file, or an empty dict if there is none."""
+    return read(name, folder) if (folder / f"results/{name}.json").exists() else {}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    """Returns a Markdown table, empty if it has no rows."""
+    lines = [header, ["---"] * len(header), *rows] if rows else []
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def points(difference: float) -> str:
-    """Returns a difference of scores in points: of 0.012, it would read like one more measured value."""
-    return f"{round(100 * difference, 1) + 0.0:+.1f} points".replace("-", "−")  # + 0.0: never minus zero
+def decimals(value: float | None) -> str:
+    """Returns a figure with three decimals; "" for one that was not measured."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def with_interval(found: dict[str, Any], key: str) -> str:
+    """Returns a metric of a task's result and its 95 % interval, if it has one."""
+    value, interval = decimals(found["metrics"][key]), found.get("intervals", {}).get(key)
+    return "{} ({:.3f} to {:.3f})".format(value, *interval) if interval else value
 
 
 # The tasks
 
 
 def measured_tasks(folder: Path) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Returns of each task its name, what results/tasks.json says of it, and its result."""
-    tasks = read("tasks", folder).items()
-    return [(name, task, read(task.get("results", "release"), folder)["tasks"][name]) for name, task in tasks]
+    """Returns of each task its name, what results/tasks.json says of it and of the metrics measured, and its result."""
+    tasks = []
+    for name, task in read("tasks", folder).items():
+        found = read(task.get("results", "release"), folder)["tasks"][name]
+        tasks.append((name, task | {"metrics": [x for x in task["metrics"] if x["key"] in found["metrics"]]}, found))
+    return tasks
 
 
 def results_table(folder: Path) -> str:
     """Returns the test results, those of lower-cased texts where measured, and published figures."""
-    header = ["task", "test set (texts)", "metric", "this model", "lower-cased", "published, for comparison"]
     rows = []
     for key, task, found in measured_tasks(folder):
-        lower = (read_some(f"{task.get('results', 'release')}_lower", folder) or {"tasks": {}})["tasks"].get(key)
+        lower = read_some(f"{task.get('results', 'release')}_lower", folder).get("tasks", {}).get(key, {}).get("metrics", {})
         split = "" if found["split"] == "test" else f", {found['split']} split"
-        for metric in measured_metrics(task, found):
+        place = f"{task['dataset_name']} ({found['rows']:,}{split})"
+        for metric in task["metrics"]:
+            value = f"**{decimals(found['metrics'][metric['key']])}**"
             others = "; ".join(f"{x['model']} {x['value']:.3f}" for x in metric.get("published", []))
-            value = f"**{found['metrics'][metric['key']]:.3f}**"
-            rewritten = f"{lower['metrics'][metric['key']]:.3f}" if lower and metric["key"] in lower["metrics"] else ""
-            place = f"{task['dataset_name']} ({found['rows']:,}{split})"
-            rows.append([task["title"], place, metric["name"], value, rewritten, others])
+            rows.append([task["title"], place, metric["name"], value, decimals(lower.get(metric["key"])), others])
+    header = ["task", "test set (texts)", "metric", "this model", "lower-cased", "published, for comparison"]
     return markdown(header, rows)
-
-
-def measured_metrics(task: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the described metrics of a task that its result holds."""
-    return [metric for metric in task["metrics"] if metric["key"] in found["metrics"]]
 
 
 def interval_table(folder: Path) -> str:
     """Returns each metric with its 95 % interval, and the calibration error of the answers that it judges."""
     rows = []
     for _, task, found in measured_tasks(folder):
-        for metric in measured_metrics(task, found):
+        for metric in task["metrics"]:
             error = found["metrics"].get(metric.get("calibration", "calibration_error"))
-            shown = "" if error is None else f"{error:.3f}"
-            rows.append([task["title"], task["dataset_name"], metric["name"], _with_interval(found, metric["key"]), shown])
+            value = with_interval(found, metric["key"])
+            rows.append([task["title"], task["dataset_name"], metric["name"], value, decimals(error)])
     return markdown(["task", "test set", "metric", "value (95 % interval)", "expected calibration error"], rows)
 
 
-def coverage_table(folder: Path) -> str | None:
+def coverage_table(folder: Path) -> str:
     """Returns how accuracy rises as answers of low confidence are left out."""
     rows, shares = [], ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
     for _, task, found in measured_tasks(folder):
         if (curve := found.get("coverage")) and "calibration" not in task["metrics"][0]:  # else of other answers
             cells = [f"{curve[x]['accuracy']:.3f} ({curve[x]['min_score']:.2f})" if x in curve else "" for x in shares]
             rows.append([task["title"], task["dataset_name"], *cells])
-    return markdown(["task", "test set", *(f"{float(x):.0%}" for x in shares)], rows) if rows else None
+    return markdown(["task", "test set", *(f"{float(x):.0%}" for x in shares)], rows)
 
 
-def domain_table(folder: Path) -> str | None:
+def domain_table(folder: Path) -> str:
     """Returns the main metric of each domain of the test sets that name domains."""
     rows = []
     for _, task, found in measured_tasks(folder):
         metric = task["metrics"][0]
         for domain, scores in found.get("domains", {}).items():
             if metric["key"] in scores:
-                rows.append([task["title"], task["dataset_name"], domain, metric["name"], f"{scores[metric['key']]:.3f}"])
-    return markdown(["task", "test set", "domain", "metric", "value"], rows) if rows else None
+                value = decimals(scores[metric["key"]])
+                rows.append([task["title"], task["dataset_name"], domain, metric["name"], value])
+    return markdown(["task", "test set", "domain", "metric", "value"], rows)
 
 
 def rivals_table(found: dict[str, Any]) -> str:
@@ -132,63 +142,46 @@ def rivals_table(found: dict[str, Any]) -> str:
     for kind, metric in (("entities", "entity F1"), ("entities, lower case", "entity F1"), ("sentiment", "macro recall")):
         for name, scores in found.get(kind, {}).items():
             other = next(x for x in scores if x != "this model")
-            values = [f"**{scores['this model']:.3f}**", other, f"{scores[other]:.3f}"]
+            values = [f"**{decimals(scores['this model'])}**", other, decimals(scores[other])]
             rows.append([kind, SET_NAMES.get(name, name), metric, *values])
     return markdown(["task", "test set", "metric", "this model", "beside it", ""], rows)
 
 
-def research_table(folder: Path) -> str | None:
+def research_table(folder: Path) -> str:
     """Returns the architecture on the literature's benchmarks: joint training, each task alone, and published figures."""
-    joint = read_some("research", folder)
-    if joint is None:
-        return None
-    rows = []
+    joint, rows = read("research", folder), []
     for name, about in read("published", folder)["research"].items():
-        key = about["metric"]
-        alone = (read_some(f"research_{name}", folder) or {"tasks": {}})["tasks"].get(name)
-        values = [_with_interval(x, key) if x else "" for x in (joint["tasks"].get(name), alone)]
+        runs = (run.get("tasks", {}).get(name) for run in (joint, read_some(f"research_{name}", folder)))
+        values = [with_interval(found, about["metric"]) if found else "" for found in runs]
         others = "; ".join(f"{x['model']} {x['value']:.4g}" for x in about["models"])
         rows.append([about["title"], about["metric_name"], *values, others])
     return markdown(["test set", "metric", "joint training", "trained alone", "published"], rows)
 
 
-def depths_table(folder: Path) -> str | None:
+def depths_table(folder: Path) -> str:
     """Returns what branches of two, three and four layers reach on all data of the research recipe, and what they cost."""
     described, rows = read("published", folder)["research"], []
     for layers in (2, 3, 4):
         if found := read_some(f"research_{layers}_layers_validation", folder):
-            scores = [f"{found['tasks'][name]['metrics'][about['metric']]:.3f}" for name, about in described.items()]
+            scores = [decimals(found["tasks"][name]["metrics"][about["metric"]]) for name, about in described.items()]
             rows.append([str(layers), *scores, f"{found['parameters'] / 1e6:.1f}", f"{1 + layers / 6:.2f}"])
     titles = [f"{about['title']}, {about['metric_name']}" for about in described.values()]
-    header = ["layers of the branch", *titles, "parameters, millions", "encoder passes for everything"]
-    return markdown(header, rows) if rows else None
-
-
-def _with_interval(found: dict[str, Any], key: str) -> str:
-    value = f"{found['metrics'][key]:.3f}"
-    if key not in found.get("intervals", {}):
-        return value
-    low, high = found["intervals"][key]
-    return f"{value} ({low:.3f} to {high:.3f})"
+    return markdown(["layers of the branch", *titles, "parameters, millions", "encoder passes for everything"], rows)
 
 
 # The embedding
 
 
-def embedding_table(folder: Path, metrics: int | None = None) -> str | None:
+def embedding_table(folder: Path, metrics: int | None = None) -> str:
     """Returns what the embedding reaches at each of its dimensions, with at most `metrics` metrics per test set."""
-    sets: dict[str, Any] = {}
-    for name in ("projection", "embedding"):  # the second has more sets, and wins
-        found = read_some(name, folder) or {}
-        sets |= found.get("test", found.get("sets", {}))
-    rows = []
-    for name in sorted(sets, key=lambda x: list(SET_NAMES).index(x) if x in SET_NAMES else len(SET_NAMES)):
-        full = sets[name][DIMENSIONS[0]]
-        for metric in list(full)[:metrics]:
+    # The second has more sets, and wins.
+    sets = read_some("projection", folder).get("test", {}) | read_some("embedding", folder).get("test", {})
+    order, rows = list(SET_NAMES), []
+    for name in sorted(sets, key=lambda x: order.index(x) if x in order else len(order)):
+        for metric in list(sets[name][DIMENSIONS[0]])[:metrics]:
             title = f"{SET_NAMES.get(name, name)}, {METRIC_NAMES.get(metric, metric)}"
-            values = [sets[name][dim].get(metric) for dim in DIMENSIONS]
-            rows.append([title, *("" if x is None else f"{x:.3f}" for x in values)])
-    return markdown(["test set", *DIMENSIONS], rows) if rows else None
+            rows.append([title, *(decimals(sets[name][dim].get(metric)) for dim in DIMENSIONS)])
+    return markdown(["test set", *DIMENSIONS], rows)
 
 
 # Speed and size
@@ -206,8 +199,10 @@ def backend_table(found: dict[str, Any]) -> str:
     """Returns what each task reaches on each backend."""
     rows = []
     for name, task in found["tasks"].items():
-        values = [f"{task[backend]:.3f}" for backend in ("torch", "onnx", "onnx-int8")]
-        rows.append([f"{name}, {task['metric']} ({task['rows']:,})", *values, points(task["points"]["onnx-int8"] / 100)])
+        values = [decimals(task[backend]) for backend in ("torch", "onnx", "onnx-int8")]
+        change = round(task["points"]["onnx-int8"], 1) + 0.0  # never minus zero
+        points = f"{change:+.1f} points".replace("-", "−")
+        rows.append([f"{name}, {task['metric']} ({task['rows']:,})", *values, points])
     return markdown(["task, validation split", "torch", "ONNX", "ONNX, int8", "int8 gives"], rows)
 
 
@@ -245,52 +240,49 @@ def starts_table(found: dict[str, Any]) -> str:
     return markdown(["one text from the shell", "seconds", "ratio to torch", "MB of memory"], rows)
 
 
-def files_table(folder: Path) -> str | None:
+def megabytes(path: Path) -> float:
+    """Returns the size of a file."""
+    return path.stat().st_size / 1e6
+
+
+def files_table(folder: Path) -> str:
     """Returns the model's files with their sizes."""
-    about = {
-        "model.safetensors": "encoder, float32: all-MiniLM-L6-v2's own file",
-        "heads/model.safetensors": "task branch and heads, float16",
-        "2_Dense/model.safetensors": "projection to 256 dimensions, float32",
-        "tokenizer.json": "tokenizer: all-MiniLM-L6-v2's own file",
-    }
-    found = {name: folder / name for name in about if (folder / name).is_file()}
-    rows = [[f"`{name}`", about[name], f"{path.stat().st_size / 1e6:.1f} MB"] for name, path in found.items()]
-    return markdown(["file", "holds", "size"], rows) if rows else None
+    rows = [
+        [f"`{name}`", holds, f"{megabytes(folder / name):.1f} MB"]
+        for name, holds in FILES.items()
+        if (folder / name).is_file()
+    ]
+    return markdown(["file", "holds", "size"], rows)
 
 
-def specification_table(folder: Path) -> str | None:
+def specification_table(folder: Path) -> str:
     """Returns what the model is, from its configuration and its files."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    if not config.get("tasks"):
-        return None
-    layers, branch, width = config["num_hidden_layers"], config.get("num_task_layers", 0), config["hidden_size"]
-    heads = ", ".join(f"`{name}` ({_labels(task)})" for name, task in config["tasks"].items())
-    sizes = [(folder / name).stat().st_size / 1e6 for name in ("model.safetensors", "heads/model.safetensors")]
-    window = json.loads((folder / "sentence_bert_config.json").read_text("utf-8"))["max_seq_length"]
-    training = read_some("training", folder) or {}
-    counts = [f"{training[key] / 1e6:.1f} M {what}" for key, what in _PARAMETERS.items() if key in training]
+    config, lengths = (
+        json.loads((folder / name).read_text("utf-8")) for name in ("config.json", "sentence_bert_config.json")
+    )
+    training, layers = read("training", folder), config["num_hidden_layers"]
+    encoder, heads = (megabytes(folder / name) for name in ("model.safetensors", "heads/model.safetensors"))
     rows = {
-        "parameters": ", ".join(counts),
-        "embedding": f"{width} dimensions (upstream's), or {config['embedding_dim']} with Matryoshka prefixes of 128 and 64; "
-        "unit length",
-        "heads": heads,
-        "maximum length": f"{window} tokens per window; the multitask pipeline reads longer texts in overlapping windows",
-        "forward pass": f"embedding alone, or labels and entities alone: {layers} layers; everything: {layers + branch}",
-        "files": "encoder {:.0f} MB (float32, upstream's own file), branch and heads {:.0f} MB (float16)".format(*sizes),
+        "parameters": f"{training['parameters'] / 1e6:.1f} M in all, "
+        f"{training['trained'] / 1e6:.1f} M of them trained (branch and heads)",
+        "embedding": f"{config['hidden_size']} dimensions (upstream's), or {config['embedding_dim']} with Matryoshka prefixes "
+        "of 128 and 64; unit length",
+        "heads": ", ".join(f"`{name}` ({_labels(task)})" for name, task in config["tasks"].items()),
+        "maximum length": f"{lengths['max_seq_length']} tokens per window; the multitask pipeline reads longer texts in "
+        "overlapping windows",
+        "forward pass": f"embedding alone, or labels and entities alone: {layers} layers; everything: "
+        f"{layers + config.get('num_task_layers', 0)}",
+        "files": f"encoder {encoder:.0f} MB (float32, upstream's own file), branch and heads {heads:.0f} MB (float16)",
         "language": "English; the encoder is uncased, the branch sees casing",
         "license": "Apache-2.0 for code and weights; commercial use allowed, see [training and data](#training-and-data)",
         "`trust_remote_code`": "not needed for `SentenceTransformer` and plain `AutoModel`; needed for labels and entities",
     }
-    return markdown(["", ""], [[name, value] for name, value in rows.items() if value])
-
-
-_PARAMETERS = {"parameters": "in all", "trained": "of them trained (branch and heads)"}
+    return markdown(["", ""], [list(row) for row in rows.items()])
 
 
 def _labels(task: dict[str, Any]) -> str:
-    names = list(dict.fromkeys(x[2:] for x in task["labels"] if x[:2] in ("B-", "I-")))
-    return ", ".join(names) if names else f"{len(task['labels'])} labels"
+    types = dict.fromkeys(x[2:] for x in task["labels"] if x[:2] in ("B-", "I-"))
+    return ", ".join(types) or f"{len(task['labels'])} labels"
 
 
 def licenses_table(folder: Path) -> str:
@@ -320,72 +312,42 @@ def read_sources() -> dict[str, dict[str, Any]]:
 
 
 def replaces_table(folder: Path) -> str:
-    """Returns this model beside the three models that it replaces; what has not been measured is left out."""
+    """Returns this model beside the three models that it replaces."""
+    ways, speed = read("starts", folder)["ways"], read("benchmarks", folder)
+    memory = {name: f"{way['peak_bytes'] / 1e6:,.0f} MB" for name, way in ways.items()}
+    encoder, *rest = (megabytes(folder / name) for name in FILES if name.endswith(".safetensors"))
+    three = encoder + read("published", folder)["spacy_small"]["megabytes"]
+    rates = {name: speed["texts"] / statistics.median(seconds) for name, seconds in speed["seconds"].items()}
+    rounds = zip(*(speed["seconds"][name] for name in THREE_MODELS), strict=True)
+    rates["three models"] = speed["texts"] / statistics.median(map(sum, rounds))
+    short = {name: times["median"] for name, times in speed["one_short_text_milliseconds"].items()}
     rows = [
+        ("weights to download", f"{three:.0f} MB in three models", f"{encoder + sum(rest):.0f} MB in one"),
+        ("memory, PyTorch", memory["three models"], memory["torch"]),
+        ("memory, 8 bits", memory["three models"], memory["onnx-int8"]),
+        ("one text from the shell, 8 bits", *(f"{ways[x]['seconds']:.1f} s" for x in ("three models", "onnx-int8"))),
+        ("texts per second, PyTorch", *(f"{rates[x]:,.0f}" for x in ("three models", "everything, torch"))),
+        ("texts per second, 8 bits", *(f"{rates[x]:,.0f}" for x in ("three models", "everything, onnx-int8"))),
+        (
+            "one short text, 8 bits",
+            f"{sum(short[name] for name in THREE_MODELS):.1f} ms",
+            f"{short['everything, onnx-int8']:.1f} ms",
+        ),
+    ]
+    unlike = [
         ["vectors of your all-MiniLM-L6-v2 index stay valid", "yes", "yes: same file, same vectors"],
-        *_quality_rows(read_some("rivals", folder) or {}),
-        *_size_rows(folder),
-        *_start_rows((read_some("starts", folder) or {}).get("ways", {})),
-        *_speed_rows(read_some("benchmarks", folder) or {}),
         ["output", "three formats, no emotions", "one record, with 28 emotions, offsets and scores"],
         ["your own label set", "another model to train and serve", "`add_task`, vectors unchanged"],
     ]
-    return markdown(["", "MiniLM + VADER + spaCy small", "this model"], rows)
+    better = [[what, other, f"**{ours}**"] for what, other, ours in [*_quality(read("rivals", folder)), *rows]]
+    return markdown(["", "MiniLM + VADER + spaCy small", "this model"], [unlike[0], *better, *unlike[1:]])
 
 
-def _quality_rows(rivals: dict[str, Any]) -> list[list[str]]:
-    rows = []
+def _quality(rivals: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for kind, other, title in (("entities", "spaCy", "entity F1"), ("sentiment", "VADER", "sentiment macro recall")):
-        scores = list(rivals.get(kind, {}).values())
-        if scores:
-            values = [f"{statistics.mean(x[name] for x in scores):.3f}" for name in (other, "this model")]
-            rows.append([f"{title}, mean of {len(scores)} test sets", values[0], f"**{values[1]}**"])
-    return rows
-
-
-def _start_rows(ways: dict[str, Any]) -> list[list[str]]:
-    """Returns the rows of results/starts.json: memory, and the seconds of one text from the shell."""
-    if not {"three models", "torch", "onnx-int8"} <= set(ways):
-        return []
-    three, torch, int8 = (ways[name] for name in ("three models", "torch", "onnx-int8"))
-    megabytes = [f"{way['peak_bytes'] / 1e6:,.0f} MB" for way in (three, torch, int8)]
-    return [
-        ["memory, PyTorch", megabytes[0], f"**{megabytes[1]}**"],
-        ["memory, 8 bits", megabytes[0], f"**{megabytes[2]}**"],
-        ["one text from the shell, 8 bits", f"{three['seconds']:.1f} s", f"**{int8['seconds']:.1f} s**"],
-    ]
-
-
-def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Returns the rows of results/benchmarks.json: texts per second, and one short text in 8 bits."""
-    seconds = found.get("seconds", {})
-    short = {name: times["median"] for name, times in found.get("one_short_text_milliseconds", {}).items()}
-    ours = [(title, f"everything, {backend}") for title, backend in (("PyTorch", "torch"), ("8 bits", "onnx-int8"))]
-    rows = []
-    if seconds.keys() >= set(THREE_MODELS):
-        rounds = zip(*(seconds[name] for name in THREE_MODELS), strict=True)
-        three = f"{found['texts'] / statistics.median(map(sum, rounds)):,.0f}"
-        rows += [
-            [f"texts per second, {title}", three, f"**{found['texts'] / statistics.median(seconds[name]):,.0f}**"]
-            for title, name in ours
-            if name in seconds
-        ]
-    if short.keys() >= set(THREE_MODELS):
-        three = f"{sum(short[name] for name in THREE_MODELS):.1f} ms"
-        title, name = ours[-1]
-        rows += [[f"one short text, {title}", three, f"**{short[name]:.1f} ms**"]] if name in short else []
-    return rows
-
-
-def _size_rows(folder: Path) -> list[list[str]]:
-    """Returns the row of download sizes: the encoder's and spaCy's as published, this model's as its files are."""
-    sizes = [folder / name for name in ("model.safetensors", "heads/model.safetensors", "2_Dense/model.safetensors")]
-    published = read_some("published", folder)
-    if published is None or not all(path.is_file() for path in sizes):
-        return []
-    encoder, *rest = (path.stat().st_size / 1e6 for path in sizes)
-    three = encoder + published["spacy_small"]["megabytes"]
-    return [["weights to download", f"{three:.0f} MB in three models", f"**{encoder + sum(rest):.0f} MB in one**"]]
+        scores = list(rivals[kind].values())
+        theirs, ours = (decimals(statistics.mean(x[name] for x in scores)) for name in (other, "this model"))
+        yield f"{title}, mean of {len(scores)} test sets", theirs, ours
 
 
 # Training
@@ -422,17 +384,17 @@ def levers_tables(found: dict[str, Any]) -> str:
     parts = []
     for group in found.values():
         columns = {key: OVERLAP if "neighbours" in key else title for key, title in group["columns"].items()}
-        rows = [[name, *(f"{run[key]:.3f}" if key in run else "" for key in columns)] for name, run in group["runs"].items()]
+        rows = [[name, *(decimals(run.get(key)) for key in columns)] for name, run in group["runs"].items()]
         parts.append(markdown(["run", *columns.values()], rows))
     return "\n".join(parts)
 
 
-def _of(name: str, renderer: Callable[[dict[str, Any]], str]) -> Callable[[Path], str | None]:
+def _of(name: str, renderer: Callable[[dict[str, Any]], str]) -> Callable[[Path], str]:
     """Returns a renderer of one result file."""
-    return lambda folder: None if (found := read_some(name, folder)) is None else renderer(found)
+    return lambda folder: renderer(read(name, folder))
 
 
-RENDERERS: dict[str, Callable[[Path], str | None]] = {
+RENDERERS: dict[str, Callable[[Path], str]] = {
     "backends": _of("onnx", backend_table),
     "coverage": coverage_table,
     "data": data_table,
