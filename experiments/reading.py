@@ -31,11 +31,8 @@ RECIPE = ROOT / "training/recipes/research.toml"  # whose model this is about
 
 def joined(data: Dataset, rows: int) -> Dataset:
     """Returns the data set with this many consecutive rows joined into one."""
-    columns = {
-        name: [list(chain(*values[start : start + rows])) for start in range(0, len(values), rows)]
-        for name, values in ((name, list(data[name])) for name in data.column_names)
-    }
-    return Dataset.from_dict(columns, features=data.features)
+    passages = data.batch(rows)
+    return passages.map(lambda row: {name: list(chain(*parts)) for name, parts in row.items()}, features=data.features)
 
 
 @contextmanager
@@ -64,9 +61,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
     args = parser.parse_args()
     task = Recipe.read(RECIPE, args.data).tasks[TASK]
-    pipe = MultiTaskPipeline(
-        model=MultiTaskModel.from_pretrained(args.model).eval(), tokenizer=AutoTokenizer.from_pretrained(args.model)
-    )
+    model, tokenizer = MultiTaskModel.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    pipe = MultiTaskPipeline(model=model, tokenizer=tokenizer)
     content = {
         "command": "python -m experiments.reading MODEL",
         "split": "validation",

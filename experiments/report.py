@@ -10,13 +10,13 @@ import statistics
 import sys
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import false_discovery_control, ttest_rel
 
@@ -41,44 +41,40 @@ Cell = tuple[str, str, str]  # table, row, key of the column
 Value = tuple[float, float | None]
 
 
-def _metric(task: str, key: str) -> Callable[[Result], Value | None]:
-    return lambda result: _measured(result["tasks"].get(task), key)
-
-
-def _measured(found: Result | None, key: str) -> Value | None:
-    if not found or key not in found["metrics"]:
-        return None
-    low, high = found["intervals"][key]
-    return found["metrics"][key], (high - low) / 2
-
-
-def _cost(key: str, unit: float = 1.0) -> Callable[[Result], Value | None]:
-    return lambda result: None if result.get(key) is None else (result[key] / unit, None)
-
-
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its title, what it reads from a result, how many decimals it shows, and whether rows are compared."""
+    """A column of a table."""
 
     title: str
-    read: Callable[[Result], Value | None]
+    place: (
+        str  # the keys that lead to its value in a result; "metrics", where there are any, and "intervals" go without saying
+    )
     decimals: int = 3
-    compared: bool = True
+    unit: float = 1.0  # what values are divided by
+    compared: bool = True  # whether rows are
+
+    def read(self, result: Result) -> Value | None:
+        """Returns the column's value in a result, if it was measured."""
+        *parents, key = self.place.split()
+        for parent in parents:
+            result = result.get(parent) or {}
+        value, interval = result.get("metrics", result).get(key), result.get("intervals", {}).get(key)
+        return None if value is None else (value / self.unit, (interval[1] - interval[0]) / 2 if interval else None)
 
 
 COLUMNS = {
-    "sentiment": Column("sentiment, macro recall", _metric("sentiment", "macro_recall")),
-    "emotion": Column("emotion, macro F1", _metric("emotion", "macro_f1")),
-    "emotion_accuracy": Column("emotion, accuracy", _metric("emotion", "accuracy")),
-    "ner": Column("entity F1", _metric("ner", "f1")),
-    "ner_recall": Column("entity recall", _metric("ner", "recall")),
-    "similarity": Column("STS-B, Spearman", _metric("similarity", "spearman")),
-    "average": Column("average", lambda result: (result["average"], None)),
-    "kept": Column("overlap@10", lambda result: _measured(result["drift"], "neighbours_at_10")),
-    "cosine": Column("cosine to the start", lambda result: _measured(result["drift"], "cosine_raw")),
-    "seconds": Column("processor, s", _cost("processor_seconds"), 0, compared=False),
-    "memory": Column("memory, MB", _cost("peak_memory_mb"), 0, compared=False),
-    "trained": Column("trained, millions", _cost("trained_parameters", 1e6), 1, compared=False),
+    "sentiment": Column("sentiment, macro recall", "tasks sentiment macro_recall"),
+    "emotion": Column("emotion, macro F1", "tasks emotion macro_f1"),
+    "emotion_accuracy": Column("emotion, accuracy", "tasks emotion accuracy"),
+    "ner": Column("entity F1", "tasks ner f1"),
+    "ner_recall": Column("entity recall", "tasks ner recall"),
+    "similarity": Column("STS-B, Spearman", "tasks similarity spearman"),
+    "average": Column("average", "average"),
+    "kept": Column("overlap@10", "drift neighbours_at_10"),
+    "cosine": Column("cosine to the start", "drift cosine_raw"),
+    "seconds": Column("processor, s", "processor_seconds", 0, compared=False),
+    "memory": Column("memory, MB", "peak_memory_mb", 0, compared=False),
+    "trained": Column("trained, millions", "trained_parameters", 1, 1e6, compared=False),
 }
 
 
@@ -109,10 +105,9 @@ def p_value(values: dict[int, Value], reference: dict[int, Value]) -> float | No
 
     None with fewer than three such seeds: no test is possible.
     """
-    seeds = sorted(set(values) & set(reference))
-    if len(seeds) < MIN_SEEDS:
+    pairs = [(values[seed][0], reference[seed][0]) for seed in sorted(set(values) & set(reference))]
+    if len(pairs) < MIN_SEEDS:
         return None
-    pairs = [(values[seed][0], reference[seed][0]) for seed in seeds]
     if len({a - b for a, b in pairs}) == 1:  # no variance, no test statistic
         return 1.0 if pairs[0][0] == pairs[0][1] else 0.0
     return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
@@ -127,9 +122,7 @@ def cells_of(name: str, grid: dict[str, Any], found: Found) -> dict[str, dict[st
 def comparisons(grid: dict[str, Any], found: Found) -> dict[Cell, float]:
     """Returns the p-value of every cell that is compared: with the row that it is named after, or its table's first."""
     tested = {}
-    for name in sorted(found.keys() - {"base"}):
-        if grid["tables"][name].get("gradients"):
-            continue
+    for name in sorted(x for x in found if "columns" in grid["tables"].get(x, {})):
         rows = cells_of(name, grid, found)
         against = {cell["name"]: cell["against"] for cell in grid["tables"][name]["cells"] if "against" in cell}
         for row, key in product(rows, [key for key in grid["tables"][name]["columns"] if COLUMNS[key].compared]):
@@ -151,50 +144,46 @@ def significant(grid: dict[str, Any], found: Found) -> set[Cell]:
 
 def table(name: str, grid: dict[str, Any], found: Found, budget: str, bold: set[Cell]) -> str:
     """Returns a table of the grid in Markdown, with the budget and the command above it; `bold` cells stand out."""
-    rows = cells_of(name, grid, found)
-    keys = grid["tables"][name]["columns"]
-    titles = [COLUMNS[key].title for key in keys]
-    lines = ["| setting | " + " | ".join(titles) + " |", "|---" * (len(keys) + 1) + "|"]
+    rows, columns = cells_of(name, grid, found), {key: COLUMNS[key] for key in grid["tables"][name]["columns"]}
+    lines = [["setting", *(column.title for column in columns.values())]]
     for row, cells in rows.items():
-        shown = [_shown(cells[key], COLUMNS[key], (name, row, key) in bold) for key in keys]
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    halves = [[half for cells in rows.values() for _, half in cells[key].values() if half] for key in keys]
-    shown = [f"*±{statistics.mean(half):.3f}*" if half else "" for half in halves]
-    lines.append("| *half of a single value's 95 % interval* | " + " | ".join(shown) + " |")
-    return f"{heading(name, rows_of(name, grid, found), grid, budget)}\n\n" + "\n".join(lines) + "\n"
-
-
-def _shown(cell: dict[int, Value], column: Column, bold: bool) -> str:
-    if not cell:
-        return ""
-    mean = f"{statistics.mean(value for value, _ in cell.values()):.{column.decimals}f}"
-    return f"**{mean}**" if bold else mean
-
-
-def heading(name: str, rows: dict[str, list[Result]], grid: dict[str, Any], budget: str) -> str:
-    """Returns how the values of a table were measured."""
-    seeds = [len(results) for results in rows.values()]
-    count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
-    about = grid["tables"][name].get("about", grid["budgets"][budget]["about"])
-    return f"`python -m experiments.run {name} --budget {budget}`: {about}; mean of {count} seed{'' if max(seeds) == 1 else 's'}."
+        shown = {key: _mean([x for x, _ in cells[key].values()], f".{columns[key].decimals}f") for key in columns}
+        lines.append([row, *(f"**{x}**" if (name, row, key) in bold else x for key, x in shown.items())])
+    halves = [[half for cells in rows.values() for _, half in cells[key].values() if half] for key in columns]
+    lines.append(["*half of a single value's 95 % interval*", *(f"*±{_mean(x, '.3f')}*" if x else "" for x in halves)])
+    return _with_heading(name, grid, found, budget, lines)
 
 
 def conflict_table(grid: dict[str, Any], found: Found, budget: str) -> str:
     """Returns the mean cosine of each pair of losses over the run, after its start."""
     rows = rows_of("conflicts", grid, found)
-    pairs = sorted({pair for results in rows.values() for x in results for pair in x["gradients"][0]["cosines"]})
-    lines = ["| the gradients of | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for pair in sorted(pairs, key=lambda pair: len(set(pair.split())), reverse=True):
-        means = [
+    pairs = {pair for results in rows.values() for x in results for pair in x["gradients"][0]["cosines"]}
+    lines = [["the gradients of", *rows]]
+    for first, second in sorted((pair.split() for pair in pairs), key=lambda pair: (pair[0] == pair[1], pair)):
+        pair = f"{first} {second}"
+        cosines = [
             [x["cosines"][pair] for y in results for x in y["gradients"][1:] if pair in x["cosines"]]
             for results in rows.values()
         ]
-        first, second = pair.split()
         title = f"{first}, two halves of its batches" if first == second else f"{first} and {second}"
-        lines.append(
-            f"| {title} | " + " | ".join(f"{statistics.mean(x):+.2f}".replace("-", "−") if x else "" for x in means) + " |"
-        )
-    return f"{heading('conflicts', rows, grid, budget)}\n\n" + "\n".join(lines) + "\n"
+        lines.append([title, *(_mean(x, "+.2f").replace("-", "−") for x in cosines)])
+    return _with_heading("conflicts", grid, found, budget, lines)
+
+
+def _mean(values: list[float], spec: str) -> str:
+    return format(statistics.mean(values), spec) if values else ""
+
+
+def _with_heading(name: str, grid: dict[str, Any], found: Found, budget: str, lines: list[list[str]]) -> str:
+    """Returns a table in Markdown, the first of its lines being its header, below how it was measured."""
+    seeds = [len(results) for results in rows_of(name, grid, found).values()]
+    count = " to ".join(str(x) for x in sorted({min(seeds), max(seeds)}))
+    about = grid["tables"][name].get("about", grid["budgets"][budget]["about"])
+    header, *rows = (f"| {' | '.join(cells)} |\n" for cells in lines)
+    return (
+        f"`python -m experiments.run {name} --budget {budget}`: {about}; mean of {count} seed{'' if max(seeds) == 1 else 's'}."
+        f"\n\n{header}{'|---' * len(lines[0])}|\n{''.join(rows)}"
+    )
 
 
 def render(text: str, results: Path = RESULTS) -> str:
@@ -218,16 +207,8 @@ def render(text: str, results: Path = RESULTS) -> str:
 # Pictures
 
 
-def _finish(figure: Figure, path: Path) -> None:
-    if figure.axes[0].get_legend_handles_labels()[1]:
-        figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=110)
-
-
-def draw_trade(found: Found, path: Path) -> None:
+def draw_trade(found: Found, axes: Axes) -> None:
     """Draws the average task score over the nearest-neighbour overlap, for all settings that train all tasks."""
-    figure = Figure(figsize=(9.5, 5))
-    axes = figure.subplots()
     points = [
         (statistics.mean(x["drift"]["metrics"]["neighbours_at_10"] for x in results),
          statistics.mean(x["average"] for x in results), colour, row)
@@ -240,34 +221,26 @@ def draw_trade(found: Found, path: Path) -> None:
         above = (-4, 6) if number % 2 else (-4, -14)  # labels next to each other do not overlap
         axes.annotate(str(number), (kept, average), xytext=above, textcoords="offset points", fontsize=8, color=GRAY)
     axes.set(xlabel="nearest-neighbour overlap@10, out-of-domain texts", ylabel="average of the four tasks")
-    _finish(figure, path)
 
 
-def draw_sizes(found: Found, path: Path) -> None:
+def draw_sizes(found: Found, axes: Axes) -> None:
     """Draws emotion's score over the number of its training texts, alone and with the other tasks."""
-    figure = Figure(figsize=(7, 3.5))
-    axes = figure.subplots()
     for colour, company in zip(COLOURS, ("alone", "with the others"), strict=False):
-        rows = {
-            int(row.split()[0].replace(",", "")): r for row, r in found.get("sizes", {}).items() if row.endswith(company)
-        }
+        rows = {int(row.split()[0].replace(",", "")): r for row, r in found["sizes"].items() if row.endswith(company)}
         scores = {size: list(values(rows[size], COLUMNS["emotion"]).values()) for size in sorted(rows)}
         means = [statistics.mean(value for value, _ in x) for x in scores.values()]
-        if scores:
-            halves = [x[0][1] for x in scores.values()]
-            axes.errorbar(list(scores), means, halves, color=colour, marker="o", capsize=3, label=company)
+        axes.errorbar(
+            list(scores), means, [x[0][1] for x in scores.values()], color=colour, marker="o", capsize=3, label=company
+        )
         axes.set_xscale("log")
         axes.set_xticks(list(scores), [f"{size:,}" for size in scores])
         axes.minorticks_off()
     axes.set(xlabel="tweets of emotion", ylabel="macro F1, with its 95 % interval")
-    _finish(figure, path)
 
 
-def draw_conflicts(found: Found, path: Path) -> None:
+def draw_conflicts(found: Found, axes: Axes) -> None:
     """Draws the cosines between the tasks' gradients over a run."""
-    figure = Figure(figsize=(8.5, 4))
-    axes = figure.subplots()
-    for results, style in zip(found.get("conflicts", {}).values(), ("-", "--"), strict=False):
+    for results, style in zip(found["conflicts"].values(), ("-", "--"), strict=False):
         points = results[0]["gradients"]
         pairs = [pair for pair in points[0]["cosines"] if len(set(pair.split()) - {"drift"}) == 2 and "drift" not in pair]
         for colour, pair in zip(COLOURS, sorted(pairs), strict=False):
@@ -275,11 +248,10 @@ def draw_conflicts(found: Found, path: Path) -> None:
             axes.plot([x["step"] for x in points], [x["cosines"][pair] for x in points], style, color=colour, label=label)
     axes.axhline(0, color=GRAY, linewidth=1)
     axes.set(xlabel="step (dashed: nothing preserved)", ylabel="cosine of gradients")
-    _finish(figure, path)
 
 
-# By the table that must have results before there is anything to see.
-PICTURES = {"preserving": draw_trade, "sizes": draw_sizes, "conflicts": draw_conflicts}
+# By the table that must have results before there is anything to see, with its size in inches.
+PICTURES = {"preserving": (draw_trade, (9.5, 5)), "sizes": (draw_sizes, (7, 3.5)), "conflicts": (draw_conflicts, (8.5, 4))}
 
 
 def main() -> None:
@@ -290,10 +262,13 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"{path}: {error}")
     found = load("small")
-    for name, draw in PICTURES.items():
+    for name, (draw, size) in PICTURES.items():
         if name in found:
             with rc_context(STYLE):
-                draw(found, RESULTS / f"{name}.png")
+                figure = Figure(figsize=size)
+                draw(found, figure.subplots())
+                figure.legend(loc="outside right upper")
+                figure.savefig(RESULTS / f"{name}.png", dpi=110)
     print("discussion.md, and what pictures there are in results/experiments/, show the results")
 
 

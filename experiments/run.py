@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer
 
 from common.data import DataError
-from common.files import ROOT, environment_info
+from common.files import ROOT, environment_info, write_json
 from common.recipe import Recipe, RecipeError
 from evaluation.evaluate import average, measure, measure_drift
 from experiments.conflicts import gradient_conflicts
@@ -93,24 +93,18 @@ def read_grid(budget: str, seeds: list[int], tables: list[str], path: Path = GRI
     for kind, names in (("budgets", [budget]), ("tables", tables)):
         if unknown := [name for name in names if name not in grid[kind]]:
             raise RecipeError(f"{path.name} has no {kind} {unknown}; it has: {', '.join(grid[kind])}")
-    return [
-        cell
-        for seed in seeds
-        for table in grid["tables"]
-        if not tables or table in tables
-        for cell in _table_cells(grid, budget, table, seed)
-    ]
+    chosen = [table for table in grid["tables"] if not tables or table in tables]
+    return [cell for seed in seeds for table in chosen for cell in _table_cells(grid, budget, table, seed)]
 
 
 def _table_cells(grid: dict[str, Any], budget: str, table: str, seed: int) -> Iterator[Cell]:
     limits, fields = grid["budgets"][budget], grid["tables"][table]
     for cell in fields["cells"]:
         written = [*limits["settings"], *fields.get("settings", []), *cell.get("settings", [])]
-        settings = [x for setting in written for x in grid["lists"].get(setting.strip("{}"), [setting])]
-        only, gradients = tuple(cell.get("only", fields.get("only", []))), fields.get("gradients", False)
-        source = (grid["recipe"], tuple(grid["unseen"]))
-        shape = cell.get("shape", {})
-        yield Cell(*source, budget, table, cell["name"], seed, tuple(settings), only, limits.get("rows"), gradients, shape)
+        settings = tuple(x for setting in written for x in grid["lists"].get(setting.strip("{}"), [setting]))
+        only = tuple(cell.get("only", fields.get("only", [])))
+        how = {"rows": limits.get("rows"), "gradients": fields.get("gradients", False), "shape": cell.get("shape", {})}
+        yield Cell(grid["recipe"], tuple(grid["unseen"]), budget, table, cell["name"], seed, settings, only, **how)
 
 
 def cell_recipe(cell: Cell, data: Path | None, encoder: str) -> Recipe:
@@ -124,18 +118,15 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> None:
     """Runs one cell and writes its result file."""
     started = time.monotonic()
     folder = args.runs / cell.path.with_suffix("")
-    encoder = (
-        shaped_encoder(args.encoder, cell.shape, folder.with_name(f"{folder.name}-start")) if cell.shape else args.encoder
-    )
-    recipe = cell_recipe(cell, args.data, encoder)
+    start = folder.with_name(f"{folder.name}-start")
+    recipe = cell_recipe(cell, args.data, shaped_encoder(args.encoder, cell.shape, start) if cell.shape else args.encoder)
     found = gradient_conflicts(recipe, folder) if cell.gradients else train_and_measure(cell, recipe, folder, args)
     result = {**asdict(cell), "command": cell.command, **found, "cell_seconds": round(time.monotonic() - started)}
     target = args.output / cell.path
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
-    part.write_text(json.dumps({**result, **environment_info()}, indent=1) + "\n", "utf-8")
+    write_json(part, {**result, **environment_info()})
     part.rename(target)
-    for used in (folder, folder.with_name(f"{folder.name}-start")):
+    for used in (folder, start):
         shutil.rmtree(used, ignore_errors=True)
 
 
@@ -171,14 +162,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("tables", nargs="*", metavar="TABLE", help="tables of the grid; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", default="small", help="a budget of the grid (default: small)")
-    parser.add_argument(
-        "--data", type=Path, help="folder with local copies of the data sets; default: they come from the Hub"
-    )
+    parser.add_argument("--data", type=Path, help="folder with local copies of the data sets; default: from the Hub")
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="what all runs start from")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="where unfinished runs lie")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--grid", type=Path, default=GRID, help="the file that says what there is to run")
-    parser.add_argument("--list", action="store_true", help="only say which cells there are, and which are finished")
     return parser.parse_args()
 
 
@@ -195,7 +183,7 @@ def main() -> None:
         for number, cell in enumerate(cells, 1):
             finished = (args.output / cell.path).exists()
             print(f"{number} of {len(cells)}: {cell.path}{', finished' if finished else ''}", flush=True)
-            if finished or args.list:
+            if finished:
                 continue
             try:
                 pool.submit(run_cell, cell, args).result()
