@@ -23,9 +23,9 @@ class GradientProbe(TrainerCallback):
     """Compares the tasks' gradients while a trainer runs, and leaves the run as it is.
 
     Attributes:
-        found: For each time, the `step`, the `cosines` of all pairs of losses and the `norms` of their gradients. The loss
-            that holds the embedding is one of them, "drift". A loss paired with itself is compared between two halves of
-            its batches: so much of a cosine's distance from 1 is the noise of batches.
+        found: For each time, the `step` and the `cosines` of all pairs of losses. The loss that holds the embedding is one of
+            them, "drift". A loss paired with itself is compared between two halves of its batches: so much of a cosine's
+            distance from 1 is the noise of batches.
     """
 
     def __init__(self, trainer: MultiTaskTrainer) -> None:
@@ -43,7 +43,7 @@ class GradientProbe(TrainerCallback):
             self.measure(state.global_step)
 
     def measure(self, step: int) -> None:
-        """Adds the cosines and norms of the present weights to `found`."""
+        """Adds the cosines of the present weights to `found`."""
         model = self.trainer.model
         training = model.training
         model.eval()
@@ -54,8 +54,7 @@ class GradientProbe(TrainerCallback):
         pairs = {f"{a} {b}": (both[a], both[b]) for a, b in combinations(names, 2)}
         pairs.update({f"{name} {name}": (halves[0][name], halves[1][name]) for name in names})
         cosines = {pair: F.cosine_similarity(*gradients, dim=0).item() for pair, gradients in pairs.items()}
-        norms = {name: gradient.norm().item() for name, gradient in both.items()}
-        self.found.append({"step": step, "cosines": cosines, "norms": norms})
+        self.found.append({"step": step, "cosines": cosines})
 
     def gradients(self, start: int) -> dict[str, Tensor]:
         """Returns the mean gradient of each task's loss, and of "drift", on the encoder, float [P], over every second batch."""

@@ -229,9 +229,8 @@ def draw_sizes(found: Found, axes: Axes) -> None:
         rows = {int(row.split()[0].replace(",", "")): r for row, r in found["sizes"].items() if row.endswith(company)}
         scores = {size: list(values(rows[size], COLUMNS["emotion"]).values()) for size in sorted(rows)}
         means = [statistics.mean(value for value, _ in x) for x in scores.values()]
-        axes.errorbar(
-            list(scores), means, [x[0][1] for x in scores.values()], color=colour, marker="o", capsize=3, label=company
-        )
+        halves = [x[0][1] for x in scores.values()]
+        axes.errorbar(list(scores), means, halves, color=colour, marker="o", capsize=3, label=company)
         axes.set_xscale("log")
         axes.set_xticks(list(scores), [f"{size:,}" for size in scores])
         axes.minorticks_off()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import pipeline
 
 from common.data import DataError
 from common.files import ROOT, environment_info, write_json
@@ -30,8 +30,6 @@ from common.recipe import Recipe, RecipeError
 from evaluation.evaluate import average, measure, measure_drift
 from experiments.conflicts import gradient_conflicts
 from experiments.encoders import shaped_encoder
-from modeling_multitask import MultiTaskModel
-from pipeline_multitask import MultiTaskPipeline
 from training.train import train
 
 GRID = ROOT / "experiments/grid.toml"
@@ -41,32 +39,19 @@ CHECKPOINT_STEPS = 200
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of one table, with one seed.
+    """One setting of one table, with one seed."""
 
-    Attributes:
-        recipe: The recipe's file in this repository.
-        unseen: Data set, its folder under --data, split and column of texts that no task trains on.
-        budget: Name of the budget.
-        table: Name of the table.
-        name: What the setting is called in the table.
-        seed: The run's seed; it also picks the training rows.
-        settings: Overrides of the recipe, as `--set` takes them.
-        only: The tasks that train; none: all.
-        rows: So many rows of each validation split are measured; None: all.
-        gradients: Whether the tasks' gradients are compared, and nothing else is measured.
-        shape: Changes of the starting encoder that stand for a branch of another shape, see `experiments.encoders`.
-    """
-
-    recipe: str
-    unseen: tuple[str, str, str, str]
+    recipe: str  # the recipe's file in this repository
+    unseen: tuple[str, str, str, str]  # data set, its folder under --data, split and column of texts that no task trains on
     budget: str
     table: str
-    name: str
-    seed: int
-    settings: tuple[str, ...]
-    only: tuple[str, ...] = ()
-    rows: int | None = None
-    gradients: bool = False
+    name: str  # what the setting is called in the table
+    seed: int  # the run's; it also picks the training rows
+    settings: tuple[str, ...]  # overrides of the recipe, as `--set` takes them
+    only: tuple[str, ...] = ()  # the tasks that train; none: all
+    rows: int | None = None  # so many of each validation split are measured; None: all
+    gradients: bool = False  # whether the tasks' gradients are compared, and nothing else is measured
+    # Changes of the starting encoder that stand for a branch of another shape, see `experiments.encoders`.
     shape: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -140,8 +125,7 @@ def train_and_measure(cell: Cell, recipe: Recipe, folder: Path, args: argparse.N
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
     costs = not resumed and not torch.accelerator.is_available()  # on a GPU, the processor's share says nothing
     metrics, run = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("metrics", "run"))
-    model = MultiTaskModel.from_pretrained(folder / "final")
-    pipe = MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder / "final"))
+    pipe = pipeline("multitask", model=str(folder / "final"), trust_remote_code=True)
     tasks = measure(pipe, recipe, "validation", intervals=True, limit=cell.rows)
     dataset, folder_name, *place = cell.unseen
     unseen = str(args.data / folder_name) if args.data else dataset

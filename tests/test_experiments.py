@@ -135,7 +135,6 @@ def test_comparing_gradients_leaves_a_run_as_it_is(tmp_path):
     assert [x["step"] for x in probe.found][:3] == [0, 3, 6]
     assert set(probe.found[0]["cosines"]) == {"drift drift", "drift mood", "drift ner", "mood mood", "mood ner", "ner ner"}
     assert all(abs(x) <= 1 + 1e-6 for found in probe.found for x in found["cosines"].values())
-    assert all(found["norms"]["mood"] > 0 for found in probe.found)
 
 
 def test_a_gradient_has_the_direction_of_autograds(tmp_path):
