@@ -7,7 +7,6 @@ changes nothing. The tables of experiments in discussion.md are written by `pyth
 """
 
 import argparse
-import os
 import re
 import shlex
 import subprocess
@@ -30,11 +29,6 @@ def can_render(folder: Path) -> bool:
     """Returns whether a folder has what its card is rendered from: README.md with its marker, and the results."""
     paths = [folder / "results/tasks.json", folder / "results/release.json", folder / "README.md"]
     return all(path.is_file() for path in paths) and _MARKER in paths[-1].read_text("utf-8")
-
-
-def documents(folder: Path) -> list[Path]:
-    """Returns the documents that show figures, those that exist."""
-    return [path for path in (folder / "discussion.md", *sorted((folder / "docs").glob("*.md"))) if path.is_file()]
 
 
 def _evaluation(task: dict[str, Any], metric: dict[str, Any], found: dict[str, Any]) -> EvalResult:
@@ -111,21 +105,17 @@ def main() -> None:
     if not card.exists():
         print(f"{card} does not exist; nothing to render")
         return
-    for path in (card, *documents(folder)):
+    documents = [folder / "discussion.md", *sorted((folder / "docs").glob("*.md"))]
+    for path in (card, *(path for path in documents if path.is_file())):
         text = path.read_text("utf-8")
         try:
             rendered = render_card(text, folder) if path == card else render(text, folder)
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f"{path}: {error}")
-        write(path, run_examples(rendered, folder))
+        partial = path.with_suffix(".partial")  # the document is written whole or not at all
+        partial.write_text(run_examples(rendered, folder), "utf-8")
+        partial.replace(path)
     print(f"README.md, discussion.md and docs/ of {folder} show what results/ holds")
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a document whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

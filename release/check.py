@@ -48,31 +48,11 @@ def check(folder: str | Path) -> list[str]:
 
 
 def _read(path: Path) -> Any:
-    """Returns a parsed JSON file.
-
-    Raises:
-        ValueError: There is no such file, or it is not JSON.
-    """
+    """Returns a parsed JSON file; raises ValueError if there is no such file, or it is not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"cannot be read: {error}") from error
-
-
-def folder_files(folder: Path) -> list[str]:
-    """Returns the files outside hidden folders, as sorted relative paths.
-
-    In a git checkout, without those that git ignores, such as training runs.
-
-    Raises:
-        ValueError: git cannot list the files of a checkout.
-    """
-    if (folder / ".git").exists():
-        paths = [folder / name for name in git_files(folder, "--cached", "--others", "--exclude-standard")]
-    else:
-        paths = list(folder.rglob("*"))
-    names = [path.relative_to(folder) for path in paths if path.is_file()]
-    return sorted(x.as_posix() for x in names if not any(part.startswith(".") for part in x.parts[:-1]))
 
 
 def git_files(checkout: Path, *options: str) -> list[str]:
@@ -91,19 +71,25 @@ def git_files(checkout: Path, *options: str) -> list[str]:
 
 
 def _check_pickles(folder: Path) -> list[str]:
+    """Returns which files outside hidden folders may be pickles; in a checkout, without those that git ignores."""
     try:
-        names = [name for name in folder_files(folder) if _may_be_pickle(folder / name)]
+        if (folder / ".git").exists():
+            names = [Path(name) for name in git_files(folder, "--cached", "--others", "--exclude-standard")]
+        else:
+            names = [path.relative_to(folder) for path in folder.rglob("*")]
+        shown = (x for x in sorted(names) if not any(part.startswith(".") for part in x.parts[:-1]))
+        found = [x.as_posix() for x in shown if _may_be_pickle(folder / x)]
     except (OSError, ValueError) as error:
         return [str(error)]
-    return [f"{name}: may hold pickled code; releases carry safetensors only, so delete it" for name in names]
+    return [f"{name}: may hold pickled code; releases carry safetensors only, so delete it" for name in found]
 
 
 def _may_be_pickle(path: Path) -> bool:
     """Returns whether a file is a pickle by its name or its first bytes; the Hub scans deeper."""
-    if path.suffix.lower() in _PICKLES:
-        return True
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        return bool(_PICKLED.match(file.read(4)))
+        return path.suffix.lower() in _PICKLES or bool(_PICKLED.match(file.read(4)))
 
 
 def _check_config(fields: dict[str, Any], config: MultiTaskConfig) -> list[str]:
@@ -114,13 +100,13 @@ def _check_config(fields: dict[str, Any], config: MultiTaskConfig) -> list[str]:
         "multitask_weights": WEIGHTS_INDEX,
         "dtype": "float32",
     }
-    if "attn_implementation" in fields or "_attn_implementation" in fields:
-        return ["config.json: attn_implementation belongs to no release; it is the user's choice while loading"]
     problems = [
         f"config.json: {name} is {fields.get(name)!r}, should be {value!r}"
         for name, value in expected.items()
         if fields.get(name) != value
     ]
+    if "attn_implementation" in fields or "_attn_implementation" in fields:
+        problems.append("config.json: attn_implementation belongs to no release; it is the user's choice while loading")
     if "id2label" in fields or "label2id" in fields:
         problems.append("config.json: remove id2label and label2id; the labels of a release are in 'tasks' alone")
     return problems
@@ -128,25 +114,16 @@ def _check_config(fields: dict[str, Any], config: MultiTaskConfig) -> list[str]:
 
 def _check_sentence_transformers(folder: Path, config: MultiTaskConfig) -> list[str]:
     try:
-        max_length = _read(folder / "sentence_bert_config.json")["max_seq_length"]
         limit = _read(folder / "tokenizer_config.json")["model_max_length"]
     except (ValueError, KeyError, TypeError) as error:
-        return [
-            f"sentence_bert_config.json, tokenizer_config.json: max_seq_length or model_max_length is missing ({error!r})"
-        ]
+        return [f"tokenizer_config.json: model_max_length is missing ({error!r})"]
     problems = []
-    if max_length != limit:
-        problems.append(
-            f"sentence_bert_config.json: max_seq_length is {max_length}, the tokenizer's model_max_length {limit}"
-        )
-    for path, expected in sentence_transformers_files(config, max_length).items():
+    for path, expected in sentence_transformers_files(config, limit).items():
         try:
-            content = _read(folder / path)
+            if (content := _read(folder / path)) != expected:
+                problems.append(f"{path}: holds {json.dumps(content)}, should be {json.dumps(expected)}")
         except ValueError as error:
             problems.append(f"{path}: {error}")
-            continue
-        if content != expected:
-            problems.append(f"{path}: holds {json.dumps(content)}, should be {json.dumps(expected)}")
     return problems
 
 
@@ -181,17 +158,13 @@ def _check_digests(folder: Path, index: dict[str, Any]) -> list[str]:
 
 def _check_root(folder: Path) -> list[str]:
     """Returns what servers would load beside the encoder: they read every *.safetensors, or that index, in the root."""
-    names = {path.name for path in folder.glob("*.safetensors")} - {ENCODER_FILE}
-    names |= {path.name for path in folder.glob("model.safetensors.index.json")}
+    patterns = ("*.safetensors", "model.safetensors.index.json")
+    names = {path.name for pattern in patterns for path in folder.glob(pattern)} - {ENCODER_FILE}
     return [f"{name}: servers load the weights of the root into the encoder; move or delete it" for name in sorted(names)]
 
 
 def _check_loading(folder: Path) -> list[str]:
-    """Returns why a folder does not load in which nothing else was found, or what it says that it should not.
-
-    Weights of another shape or not finite, and a tokenizer that does not fit, are found here. Where the folder holds golden
-    outputs, the model must give them again.
-    """
+    """Returns why a folder does not load in which nothing else was found, or in what its answers differ from golden.json."""
     try:
         model = MultiTaskModel.from_pretrained(folder)
         pipe = MultiTaskPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")

@@ -27,20 +27,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from annotator_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
-from common.files import ROOT
+from common.files import ROOT, write_json
 from configuration_multitask import WEIGHTS_INDEX, MultiTaskConfig
 from modeling_multitask import MultiTaskModel
 from tasks_multitask import POOLING_MODES
 from weights_multitask import MODEL_PARTS, WeightsError, sha256
 
-CODE_FILES = (
-    "tasks_multitask.py", "configuration_multitask.py", "weights_multitask.py", "modeling_multitask.py", "annotator_multitask.py",
-    "pipeline_multitask.py", "learning_multitask.py", "handler.py",
-)  # fmt: skip
+CODE_FILES = (*sorted(path.name for path in ROOT.glob("*_multitask.py")), "handler.py")
 ENCODER_FILE = "model.safetensors"
 DENSE_FILE = "2_Dense/model.safetensors"
 HEADS_FILE = "heads/model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")  # the encoder's own, as they are
+EXPORTS = [name for file in ONNX_FILES.values() for name in (file, *(onnx_part(file, part) for part in ONNX_PARTS))]
 # Encoders that are known by the sha256 of their weights, wherever the copy at hand came from.
 KNOWN_ENCODERS = {
     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db": "sentence-transformers/all-MiniLM-L6-v2",
@@ -151,8 +149,7 @@ def _write(
     fields |= {"dtype": "float32", "multitask_weights": WEIGHTS_INDEX}  # float16 weights load as float32
     documents = {WEIGHTS_INDEX: index, "config.json": fields}
     for path, content in {**documents, **sentence_transformers_files(model.config, max_length)}.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_json(folder / path, content)
     for name in CODE_FILES:
         shutil.copyfile(ROOT / name, folder / name)
 
@@ -169,11 +166,7 @@ def _save(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
 
 
 def _copy_encoder(model: MultiTaskModel, folder: Path, encoder: str | Path) -> str:
-    """Copies the starting encoder's files and returns what it is called.
-
-    Raises:
-        WeightsError: The model's encoder differs from it.
-    """
+    """Copies the starting encoder's files and returns what it is called; raises WeightsError if the model's differs from it."""
     weights = load_file(cached_file(encoder, ENCODER_FILE))
     own = model.encoder.state_dict()
     if changed := [key for key, value in own.items() if key not in weights or not torch.equal(weights[key], value)]:
@@ -192,14 +185,11 @@ def _replace(folder: Path, output: Path) -> None:
     """Moves the files of a release into a folder, over those of an earlier one."""
     (output / WEIGHTS_INDEX).unlink(missing_ok=True)  # from here on, and until the end, nothing loads
     (output / "config.json").unlink(missing_ok=True)
-    onnx_files = [name for file in ONNX_FILES.values() for name in (file, *(onnx_part(file, part) for part in ONNX_PARTS))]
-    for file in (DENSE_FILE, HEADS_FILE, "2_Dense/config.json", *onnx_files):
+    for file in (DENSE_FILE, HEADS_FILE, "2_Dense/config.json", *EXPORTS):
         (output / file).unlink(missing_ok=True)  # of other weights, or of a release with more parts
     last = {folder / "config.json": 1, folder / WEIGHTS_INDEX: 2}
     for path in sorted((x for x in folder.rglob("*") if x.is_file()), key=lambda x: last.get(x, 0)):
         target = output / path.relative_to(folder)
-        if output.resolve() == ROOT and target.name in CODE_FILES:
-            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
 
@@ -211,8 +201,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, output: Path, max_length
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(output)
     path = output / "tokenizer_config.json"
-    fields = {name: value for name, value in json.loads(path.read_text("utf-8")).items() if name not in _CALL_SETTINGS}
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_json(path, {k: v for k, v in json.loads(path.read_text("utf-8")).items() if k not in _CALL_SETTINGS})
 
 
 def main() -> None:

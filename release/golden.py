@@ -27,31 +27,23 @@ SENTENCES = [
 EMBEDDING_TOLERANCE, SCORE_TOLERANCE = 2e-4, 2e-3
 
 
-def load(repo: str = str(ROOT), revision: str | None = None) -> Any:
+def load(repo: str = str(ROOT), **options: Any) -> Any:
     """Returns the multitask pipeline of a folder or of a repository on the Hub."""
-    return pipeline("multitask", model=repo, revision=revision, trust_remote_code=True, device="cpu")
+    return pipeline("multitask", model=repo, trust_remote_code=True, device="cpu", **options)
 
 
 def answers(pipe: Any) -> list[dict[str, Any]]:
     """Returns one record per sentence, its embedding cut to the first eight dimensions, all rounded."""
     found = []
     for text, record in zip(SENTENCES, pipe(SENTENCES), strict=True):
-        found.append(
-            {
-                "text": text,
-                "sentence_embedding": [round(float(x), 5) for x in record["sentence_embedding"][:8]],
-                "labels": {
-                    name: {label: round(score, 4) for label, score in (answer.get("scores") or answer["values"]).items()}
-                    for name, answer in record["labels"].items()
-                },
-                "entities": {
-                    name: [
-                        [x["entity_group"], x["word"], x["start"], x["end"], round(x["score"], 4)] for x in found_entities
-                    ]
-                    for name, found_entities in record["entities"].items()
-                },
-            }
-        )
+        scores = {name: answer.get("scores") or answer["values"] for name, answer in record["labels"].items()}
+        entities = {
+            name: [[x["entity_group"], x["word"], x["start"], x["end"], round(x["score"], 4)] for x in spans]
+            for name, spans in record["entities"].items()
+        }
+        vector = [round(float(x), 5) for x in record["sentence_embedding"][:8]]
+        labels = {name: {label: round(score, 4) for label, score in x.items()} for name, x in scores.items()}
+        found.append({"text": text, "sentence_embedding": vector, "labels": labels, "entities": entities})
     return found
 
 
@@ -60,16 +52,12 @@ def differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
     if [x["text"] for x in found] != [x["text"] for x in expected]:
         return ["the sentences are others"]
     lines = []
-    for now, then in zip(found, expected, strict=True):
-        pairs = [("sentence_embedding", now["sentence_embedding"], then["sentence_embedding"], EMBEDDING_TOLERANCE)]
-        for name, scores in then["labels"].items():
-            pairs.append((name, now["labels"].get(name), scores, SCORE_TOLERANCE))
-        for name, entities in then["entities"].items():
-            pairs.append((name, now["entities"].get(name), entities, SCORE_TOLERANCE))
+    for records in zip(found, expected, strict=True):
+        now, then = ({"sentence_embedding": x["sentence_embedding"], **x["labels"], **x["entities"]} for x in records)
         lines += [
-            f"{name} of {then['text']!r} is {got}, should be {wanted}"
-            for name, got, wanted, tolerance in pairs
-            if not _close(got, wanted, tolerance)
+            f"{name} of {records[1]['text']!r} is {now.get(name)}, should be {wanted}"
+            for name, wanted in then.items()
+            if not _close(now.get(name), wanted, EMBEDDING_TOLERANCE if name == "sentence_embedding" else SCORE_TOLERANCE)
         ]
     return lines
 
@@ -90,7 +78,7 @@ def main() -> None:
         GOLDEN.write_text(json.dumps(answers(load()), indent=1, ensure_ascii=False) + "\n", "utf-8")
         return
     repo, golden, revision = sys.argv[1:]
-    lines = differences(answers(load(repo, revision)), json.loads(Path(golden).read_text("utf-8")))
+    lines = differences(answers(load(repo, revision=revision)), json.loads(Path(golden).read_text("utf-8")))
     print("\n".join(lines))
     sys.exit(bool(lines))
 

@@ -17,23 +17,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
 import numpy as np
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
-from transformers import pipeline
 from transformers.utils import logging
 
-from annotator_multitask import ONNX_FILES, ONNX_PARTS, onnx_part
+from annotator_multitask import ONNX_FILES
 from common.files import ROOT
 from configuration_multitask import WEIGHTS_INDEX
 from release import golden, ways
 from release.card import can_render, render_card
 from release.check import check, git_files
+from release.export import EXPORTS
 
 # Of a folder that is not a git checkout, these are published; other files may be data, checkpoints or credentials.
 _RELEASE_FILES = (
@@ -103,8 +102,7 @@ def release_files(folder: Path) -> list[str]:
         names = set(git_files(folder))
     else:
         names = {path.relative_to(folder).as_posix() for pattern in _RELEASE_FILES for path in folder.glob(pattern)}
-    # Which git ignores.
-    names |= {*ONNX_FILES.values(), *(onnx_part(file, part) for file in ONNX_FILES.values() for part in ONNX_PARTS)}
+    names |= set(EXPORTS)  # which git ignores
     # Not what is deleted, nor folders: submodules of the checkout.
     return sorted(x for x in names - {_HUB_FILE} if (folder / x).is_file() or (folder / x).is_symlink())
 
@@ -124,19 +122,13 @@ def check_exports(snapshot: Path) -> None:
         if not (snapshot / file).exists():
             continue
         try:
-            torch, onnx = (_embeddings(snapshot, name) for name in ("torch", backend))
+            torch, onnx = (golden.load(str(snapshot), backend=name)(golden.SENTENCES) for name in ("torch", backend))
+            pairs, allowed = zip(torch, onnx, strict=True), _EXPORT_TOLERANCES[backend]
+            distance = max(np.linalg.norm(x["sentence_embedding"] - y["sentence_embedding"]) for x, y in pairs)
+            if distance > allowed:
+                raise ValueError(f"its embeddings differ from PyTorch's by {distance:.3f}, allowed: {allowed}")
         except Exception as error:  # ONNX Runtime has an exception of its own for each kind of broken file
             raise PublishError(f"{file}: {error}. Rebuild it with `python -m release.onnx`, or delete it.") from error
-        distance, allowed = np.linalg.norm(torch - onnx, axis=1).max(), _EXPORT_TOLERANCES[backend]
-        if distance > allowed:
-            raise PublishError(f"{file}: its embeddings differ from PyTorch's by {distance:.3f}, allowed: {allowed}. "
-                               "Rebuild it with `python -m release.onnx`, or delete it.")  # fmt: skip
-
-
-def _embeddings(snapshot: Path, backend: str) -> np.ndarray:
-    """Returns the embeddings of a few sentences, float32 [B, E]."""
-    pipe = pipeline("multitask", model=str(snapshot), trust_remote_code=True, device="cpu", backend=backend)
-    return np.stack([record["sentence_embedding"] for record in pipe(golden.SENTENCES)])
 
 
 def files_in(snapshot: Path) -> list[str]:
@@ -160,39 +152,32 @@ def publish(snapshot: Path, repo_id: str, tag: str | None = None, private: bool 
         PublishError, httpx2.HTTPError, OSError, RuntimeError, ValueError: Something failed; a note on the exception says what
             the Hub holds now.
     """
-    api = HfApi()
-    with _noted(f"Nothing is published unless {api.endpoint}/{repo_id}/commits/main shows it."):
+    api, pull = HfApi(), None
+    outcome = f"Nothing is published unless {api.endpoint}/{repo_id}/commits/main shows it."
+    try:
         api.whoami()  # without a valid token, fail before anything is sent
         head, present = open_repository(api, repo_id, tag, private)
         proposal = propose(api, snapshot, repo_id, head, present, tag)
-        try:
-            print(f"Loading {proposal.pr_url or repo_id} in every way")
-            load_back(snapshot, repo_id, proposal.oid)
-            if api.model_info(repo_id).sha != head:
-                raise PublishError(f"main of {repo_id} has changed meanwhile. See who changed it, and run this again.")
-            if proposal.pr_num:
-                api.merge_pull_request(repo_id, proposal.pr_num)
-        except BaseException:
-            if proposal.pr_num:
-                with suppress(httpx2.HTTPError, OSError):
-                    api.change_discussion_status(repo_id, proposal.pr_num, "closed")
-            raise
+        pull = proposal.pr_num
+        print(f"Loading {proposal.pr_url or repo_id} in every way")
+        load_back(snapshot, repo_id, proposal.oid)
+        if api.model_info(repo_id).sha != head:
+            raise PublishError(f"main of {repo_id} has changed meanwhile. See who changed it, and run this again.")
+        if pull:
+            api.merge_pull_request(repo_id, pull)
+            pull = None
         published = api.model_info(repo_id).sha
-    if tag:
-        command = f"hf repos tag create {repo_id} {tag} --revision {published}"
-        with _noted(f"main holds the release, without its tag. Create the tag with: {command}"):
+        if tag:
+            command = f"hf repos tag create {repo_id} {tag} --revision {published}"
+            outcome = f"main holds the release, without its tag. Create the tag with: {command}"
             api.create_tag(repo_id, tag=tag, revision=published)
-    return published
-
-
-@contextmanager
-def _noted(outcome: str) -> Iterator[None]:
-    """Adds to any exception what the Hub holds now."""
-    try:
-        yield
-    except Exception as error:
+    except BaseException as error:
         error.add_note(outcome)
+        if pull:
+            with suppress(httpx2.HTTPError, OSError):
+                api.change_discussion_status(repo_id, pull, "closed")
         raise
+    return published
 
 
 def open_repository(api: HfApi, repo_id: str, tag: str | None, private: bool) -> tuple[str, set[str]]:

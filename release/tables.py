@@ -33,6 +33,7 @@ SET_NAMES = {
     "tweet_sentiment": "TweetEval sentiment",
 }
 OVERLAP = "nearest-neighbour overlap@10"
+SOURCES = ROOT / "training/sources.toml"  # the data sets by name
 METRIC_NAMES = {"overlap@10": OVERLAP, "spearman": "Spearman", "ndcg@10": "nDCG@10", "accuracy": "linear-probe accuracy"}
 FILES = {
     "model.safetensors": "encoder, float32: all-MiniLM-L6-v2's own file",
@@ -288,7 +289,7 @@ def _labels(task: dict[str, Any]) -> str:
 def licenses_table(folder: Path) -> str:
     """Returns the data sets that each head trains on, with their licenses."""
     by_head: dict[str, list[str]] = {}
-    for x in read_sources().values():
+    for x in tomllib.loads(SOURCES.read_text("utf-8")).values():
         if "trains" in x["use"]:
             by_head.setdefault(x["use"].rpartition(" ")[2], []).append(f"[{x['title']}]({x['link']}): {x['license']}")
     return markdown(["head", "trained on, with licenses"], [[head, "<br>".join(sets)] for head, sets in by_head.items()])
@@ -297,57 +298,51 @@ def licenses_table(folder: Path) -> str:
 def data_table(folder: Path) -> str:
     """Returns all data sets: name and link, license, rows, and what each is used for."""
     rows = []
-    for source in read_sources().values():
-        counts = " / ".join(
-            f"{source['rows'][x]:,}" if x in source["rows"] else "–" for x in ("train", "validation", "test")
-        )
+    for source in tomllib.loads(SOURCES.read_text("utf-8")).values():
+        counts = [f"{source['rows'][x]:,}" if x in source["rows"] else "–" for x in ("train", "validation", "test")]
         allowed = "" if source["commercial"] else " (research only)"
-        rows.append([f"[{source['title']}]({source['link']})", source["license"] + allowed, counts, source["use"]])
+        rows.append(
+            [f"[{source['title']}]({source['link']})", source["license"] + allowed, " / ".join(counts), source["use"]]
+        )
     return markdown(["data", "license", "rows: train / validation / test", "used here"], rows)
-
-
-def read_sources() -> dict[str, dict[str, Any]]:
-    """Returns the data sets that training/sources.toml lists, by name."""
-    return tomllib.loads((ROOT / "training/sources.toml").read_text("utf-8"))
 
 
 def replaces_table(folder: Path) -> str:
     """Returns this model beside the three models that it replaces."""
-    ways, speed = read("starts", folder)["ways"], read("benchmarks", folder)
-    memory = {name: f"{way['peak_bytes'] / 1e6:,.0f} MB" for name, way in ways.items()}
+    ways, speed, three = read("starts", folder)["ways"], read("benchmarks", folder), "three models"
     encoder, *rest = (megabytes(folder / name) for name in FILES if name.endswith(".safetensors"))
-    three = encoder + read("published", folder)["spacy_small"]["megabytes"]
-    rates = {name: speed["texts"] / statistics.median(seconds) for name, seconds in speed["seconds"].items()}
+    upstream = encoder + read("published", folder)["spacy_small"]["megabytes"]
+    memory = {name: way["peak_bytes"] / 1e6 for name, way in ways.items()}
+    start = {name: way["seconds"] for name, way in ways.items()}
     rounds = zip(*(speed["seconds"][name] for name in THREE_MODELS), strict=True)
-    rates["three models"] = speed["texts"] / statistics.median(map(sum, rounds))
+    seconds = {**speed["seconds"], three: [sum(times) for times in rounds]}
+    rate = {name: speed["texts"] / statistics.median(times) for name, times in seconds.items()}
     short = {name: times["median"] for name, times in speed["one_short_text_milliseconds"].items()}
-    rows = [
-        ("weights to download", f"{three:.0f} MB in three models", f"{encoder + sum(rest):.0f} MB in one"),
-        ("memory, PyTorch", memory["three models"], memory["torch"]),
-        ("memory, 8 bits", memory["three models"], memory["onnx-int8"]),
-        ("one text from the shell, 8 bits", *(f"{ways[x]['seconds']:.1f} s" for x in ("three models", "onnx-int8"))),
-        ("texts per second, PyTorch", *(f"{rates[x]:,.0f}" for x in ("three models", "everything, torch"))),
-        ("texts per second, 8 bits", *(f"{rates[x]:,.0f}" for x in ("three models", "everything, onnx-int8"))),
-        (
-            "one short text, 8 bits",
-            f"{sum(short[name] for name in THREE_MODELS):.1f} ms",
-            f"{short['everything, onnx-int8']:.1f} ms",
-        ),
+    short[three] = sum(short[name] for name in THREE_MODELS)
+    compared = [
+        ("memory, PyTorch", "{:,.0f} MB", memory, "torch"),
+        ("memory, 8 bits", "{:,.0f} MB", memory, "onnx-int8"),
+        ("one text from the shell, 8 bits", "{:.1f} s", start, "onnx-int8"),
+        ("texts per second, PyTorch", "{:,.0f}", rate, "everything, torch"),
+        ("texts per second, 8 bits", "{:,.0f}", rate, "everything, onnx-int8"),
+        ("one short text, 8 bits", "{:.1f} ms", short, "everything, onnx-int8"),
     ]
-    unlike = [
+    rows = [
         ["vectors of your all-MiniLM-L6-v2 index stay valid", "yes", "yes: same file, same vectors"],
+        *_quality_rows(read("rivals", folder)),
+        ["weights to download", f"{upstream:.0f} MB in three models", f"**{encoder + sum(rest):.0f} MB in one**"],
+        *([title, form.format(found[three]), f"**{form.format(found[ours])}**"] for title, form, found, ours in compared),
         ["output", "three formats, no emotions", "one record, with 28 emotions, offsets and scores"],
         ["your own label set", "another model to train and serve", "`add_task`, vectors unchanged"],
     ]
-    better = [[what, other, f"**{ours}**"] for what, other, ours in [*_quality(read("rivals", folder)), *rows]]
-    return markdown(["", "MiniLM + VADER + spaCy small", "this model"], [unlike[0], *better, *unlike[1:]])
+    return markdown(["", "MiniLM + VADER + spaCy small", "this model"], rows)
 
 
-def _quality(rivals: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _quality_rows(rivals: dict[str, Any]) -> Iterator[list[str]]:
     for kind, other, title in (("entities", "spaCy", "entity F1"), ("sentiment", "VADER", "sentiment macro recall")):
         scores = list(rivals[kind].values())
         theirs, ours = (decimals(statistics.mean(x[name] for x in scores)) for name in (other, "this model"))
-        yield f"{title}, mean of {len(scores)} test sets", theirs, ours
+        yield [f"{title}, mean of {len(scores)} test sets", theirs, f"**{ours}**"]
 
 
 # Training
@@ -365,11 +360,7 @@ def emissions(training: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_text(training: dict[str, Any]) -> str:
-    """Returns the sentences on what the training took.
-
-    results/training.json holds `seconds`, `steps`, `hardware_used`, and the two assumptions: `watts` with `watts_source` and
-    `grams_per_kwh` with `grams_source`.
-    """
+    """Returns the sentences on what the training took, by results/training.json, whose `watts` and `grams_per_kwh` are assumed."""
     hours = training["seconds"] / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     return (

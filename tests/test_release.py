@@ -226,7 +226,7 @@ DAMAGE = {
         "1_Pooling/config.json: holds",
     ),
     "an activation": (lambda r: edit(r / "2_Dense/config.json", activation_function="torch.nn.Tanh"), "2_Dense/config.json"),
-    "another length": (lambda r: edit(r / "sentence_bert_config.json", max_seq_length=9), "max_seq_length is 9"),
+    "another length": (lambda r: edit(r / "sentence_bert_config.json", max_seq_length=9), 'holds {"max_seq_length": 9'),
     "no index": (lambda r: (r / "multitask.safetensors.index.json").unlink(), "is unreadable"),
     "an index entry too few": (
         lambda r: (r / "multitask.safetensors.index.json").write_text(
