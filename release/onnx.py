@@ -45,6 +45,7 @@ from annotator_multitask import (
 from common.files import ROOT, environment_info, write_json
 from modeling_multitask import MultiTaskModel, WeightsError
 from pipeline_multitask import make_annotator
+from release.export import EXPORTS
 from release.golden import SENTENCES
 from tasks_multitask import TaskSpec
 from weights_multitask import sha256
@@ -125,129 +126,89 @@ def write_graph(graph: Graph, path: Path) -> None:
     onnx_ir.save(program.model, path)
 
 
-class RowQuantizer:
-    """Rewrites a graph so that its matrix products run in 8 bits, with a scale for each token.
+def is_matrix(value: Any) -> bool:
+    """Returns whether a value of a graph is a constant float matrix large enough to matter."""
+    constant = value.const_value
+    is_float = constant is not None and constant.dtype == ONNX_FLOAT
+    return is_float and len(constant.shape) == 2 and min(constant.shape) >= NARROWEST
+
+
+def stored(op: Any, matrix: Any, suffix: str, value: np.ndarray, dtype: Any = np.float32) -> Any:
+    """Returns a constant that is stored with the graph, once for all that read the same matrix."""
+    import onnx_ir
+
+    name = f"{matrix.name}_{suffix}"
+    known = matrix.graph.initializers
+    return known[name] if name in known else op.initializer(onnx_ir.tensor(value.astype(dtype), name=name))
+
+
+def int8_product(op: Any, values: Any, matrix: Any, widest: float, **_: Any) -> Any:
+    """Returns what stands for a float product of [B, T, K] by [K, N]: the same in 8 bits, of tokens [M, K]."""
+    weights = matrix.const_value.numpy()
+    height, width = weights.shape
+    symmetric = width > widest * height
+    axis, middle = op.Constant(value_ints=[1]), op.Constant(value_float=128.0)
+    rows = op.Reshape(values, op.Constant(value_ints=[-1, height]))
+    highest, below = op.ReduceMax(rows, axis, keepdims=0), op.Neg(op.ReduceMin(rows, axis, keepdims=0))
+    spread = op.Max(highest, below) if symmetric else op.Add(highest, below)
+    steps = op.Constant(value_float=127.0 if symmetric else 255.0)
+    scale = op.Div(op.Max(spread, op.Constant(value_float=1e-9)), steps)  # [M]
+    zero = op.Expand(middle, op.Shape(scale)) if symmetric else op.Round(op.Div(below, scale))  # [M]
+    tokens = op.QuantizeLinear(rows, scale, op.Cast(zero, to=ONNX_UINT8), axis=0)
+    scales = np.maximum(abs(weights).max(axis=0), 1e-9) / 63
+    integers = np.round(weights / scales)
+    one, zero_point = op.Constant(value_float=1.0), op.Cast(middle, to=ONNX_UINT8)
+    constants = stored(op, matrix, "int8", integers, np.int8), one, stored(op, matrix, "scale", scales), zero_point
+    sums = op.MatMulIntegerToFloat(tokens, *constants, _domain="com.microsoft")
+    if not symmetric:
+        totals = stored(op, matrix, "sum", (scales * integers.sum(axis=0))[None])
+        sums = op.Add(sums, op.Mul(op.Unsqueeze(op.Sub(middle, zero), axis), totals))
+    shape = op.Concat(op.Shape(values, end=-1), op.Constant(value_ints=[width]), axis=0)
+    return op.Reshape(op.Mul(sums, op.Unsqueeze(scale, axis)), shape)
+
+
+def int8_lookup(op: Any, table: Any, ids: Any, **_: Any) -> Any:
+    """Returns what stands for a look-up in a float table: the same in 8 bits, with a scale for each row."""
+    rows = table.const_value.numpy()
+    scales = np.maximum(abs(rows).max(axis=1, keepdims=True), 1e-9) / 127
+    integers = stored(op, table, "int8", np.round(rows / scales), np.int8)
+    found = op.Cast(op.Gather(integers, ids), to=ONNX_FLOAT)
+    return op.Mul(found, op.Gather(stored(op, table, "scale", scales), ids))
+
+
+def quantize(source: Path, target: Path, widest: float = 1.0, kept: Container[str] = ()) -> None:
+    """Writes a graph with its matrices and its word embeddings in 8 bits, with a scale for each token.
 
     A token's values are quantized by their own range, in unsigned 8 bits, so that a text's numbers never depend on the texts
     beside it; each column of a matrix has its own scale, in signed 7 bits, since without VNNI the sums of two full products
     overflow. ONNX Runtime adds up integers; scales and zero points are applied to the sums.
 
     Args:
-        model: The graph, which is rewritten.
+        source: The float graph.
+        target: The file to write.
         widest: Tokens have a zero point where a matrix [K, N] has N ≤ `widest` · K. A zero point keeps more of a range that
             is not centred, and takes two passes more over what comes out.
         kept: Names of products that stay in float.
     """
+    import onnx_ir
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+    from onnxscript.rewriter import rewrite
+    from onnxscript.rewriter.pattern import RewriteRule
 
-    def __init__(self, model: Any, widest: float = 1.0, kept: Container[str] = ()) -> None:
-        self.graph, self.widest, self.kept = model.graph, widest, kept
-        self.matrices = {x.name: x for x in self.graph.initializer}
-        self.rank = {x.name: len(x.type.tensor_type.shape.dim) for x in self.graph.value_info}
-        self.nodes: list[Any] = []
-        self.tokens: dict[tuple[str, bool], tuple[str, ...]] = {}  # what is read by several matrices is quantized once
-        self.constants: dict[str, np.ndarray] = {}
+    def of_tokens(context: Any, values: Any, matrix: Any, found: Any) -> bool:
+        # What is done once per text, or per label, stays in float.
+        per_text = values.shape is not None and len(values.shape) == 2
+        return is_matrix(matrix) and not per_text and found.producer().name not in kept
 
-    def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
-        """Returns the name of a constant, which is stored with the graph."""
-        self.constants[name] = np.asarray(value, dtype=dtype)
-        return name
+    def matmul(op: Any, values: Any, matrix: Any) -> Any:
+        return op.MatMul(values, matrix, _outputs=["found"])
 
-    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """Adds a node and returns the name of its output."""
-        import onnx
-
-        output = output or f"int8_{len(self.nodes)}"
-        self.nodes.append(onnx.helper.make_node(operator, inputs, [output], f"node_{output}", **attributes))
-        return output
-
-    def is_product(self, node: Any) -> bool:
-        """Returns whether a node multiplies tokens by a matrix; what is done once per text, or per label, stays in float."""
-        is_float = node.op_type != "MatMul" or node.name in self.kept or self.rank.get(node.input[0]) == 2
-        return not is_float and self.is_matrix(node.input[1])
-
-    def is_matrix(self, name: str) -> bool:
-        """Returns whether a constant is a matrix large enough to matter."""
-        return name in self.matrices and len(self.matrices[name].dims) == 2 and min(self.matrices[name].dims) >= NARROWEST
-
-    def quantized(self, values: str, width: int, symmetric: bool) -> tuple[str, ...]:
-        """Returns the names of tokens in 8 bits [M, K], of their scales [M, 1], and of 128 less their zero points [M, 1]."""
-        key = values, symmetric
-        if key not in self.tokens:
-            axis, middle = self.constant("int8_axis", [1], np.int64), self.constant("int8_middle_float", 128)
-            rows = self.add("Reshape", values, self.constant(f"int8_rows_{width}", [-1, width], np.int64))
-            highest, lowest = self.add("ReduceMax", rows, axis, keepdims=0), self.add("ReduceMin", rows, axis, keepdims=0)
-            below = self.add("Neg", lowest)
-            spread = self.add("Max" if symmetric else "Add", highest, below)
-            steps = self.constant("int8_half" if symmetric else "int8_whole", 127 if symmetric else 255)
-            scale = self.add("Div", self.add("Max", spread, self.constant("int8_least", 1e-9)), steps)
-            if symmetric:
-                zero = self.add("Expand", middle, self.add("Shape", scale))
-            else:
-                zero = self.add("Round", self.add("Div", below, scale))
-            found = self.add("QuantizeLinear", rows, scale, self.add("Cast", zero, to=ONNX_UINT8), axis=0)
-            self.tokens[key] = found, *(self.add("Unsqueeze", x, axis) for x in (scale, self.add("Sub", middle, zero)))
-        return self.tokens[key]
-
-    def product(self, node: Any) -> None:
-        """Adds, in place of a float product of [B, T, K] by [K, N], the same in 8 bits."""
-        from onnx import numpy_helper
-
-        (values, matrix), (output,) = node.input, node.output
-        weights = numpy_helper.to_array(self.matrices[matrix])
-        height, width = weights.shape
-        symmetric = width > self.widest * height
-        found, scale, offset = self.quantized(values, height, symmetric)
-        scales = np.maximum(abs(weights).max(axis=0), 1e-9) / 63
-        integers = np.round(weights / scales)
-        stored = self.constant(f"{matrix}_int8", integers, np.int8), self.constant("int8_one", 1)
-        middle = self.constant("int8_middle", 128, np.uint8)
-        scales_name = self.constant(f"{matrix}_scale", scales)
-        sums = self.add("MatMulIntegerToFloat", found, *stored, scales_name, middle, domain="com.microsoft")
-        if not symmetric:
-            totals = self.constant(f"{matrix}_sum", (scales * integers.sum(axis=0))[None])
-            sums = self.add("Add", sums, self.add("Mul", offset, totals))
-        columns = self.constant(f"int8_columns_{width}", [width], np.int64)
-        shape = self.add("Concat", self.add("Shape", values, end=-1), columns, axis=0)
-        self.add("Reshape", self.add("Mul", sums, scale), shape, output=output)
-
-    def lookup(self, node: Any) -> None:
-        """Adds, in place of a look-up in a float table, the same in 8 bits, with a scale for each row."""
-        from onnx import numpy_helper
-
-        (table, ids), (output,) = node.input, node.output
-        rows = numpy_helper.to_array(self.matrices[table])
-        scales = np.maximum(abs(rows).max(axis=1, keepdims=True), 1e-9) / 127
-        integers = self.constant(f"{table}_int8", np.round(rows / scales), np.int8)
-        found = self.add("Cast", self.add("Gather", integers, ids), to=ONNX_FLOAT)
-        self.add("Mul", found, self.add("Gather", self.constant(f"{table}_scale", scales), ids), output=output)
-
-    def run(self) -> None:
-        """Rewrites the graph."""
-        from onnx import numpy_helper
-
-        for node in list(self.graph.node):
-            if self.is_product(node):
-                self.product(node)
-            elif node.op_type == "Gather" and self.is_matrix(node.input[0]):
-                self.lookup(node)  # of the word embeddings, half of all weights
-            else:
-                self.nodes.append(node)
-        read = {name for node in self.nodes for name in node.input}
-        kept = [x for x in self.graph.initializer if x.name in read]
-        for field, values in (("node", self.nodes), ("initializer", kept)):
-            self.graph.ClearField(field)
-            getattr(self.graph, field).extend(values)
-        self.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in self.constants.items())
-
-
-def quantize(source: Path, target: Path, **options: Any) -> None:
-    """Writes a graph with its matrices and its word embeddings in 8 bits, see `RowQuantizer`."""
-    import onnx
-
-    model = onnx.load(source)
-    RowQuantizer(model, **options).run()
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, target)
+    lookups = RewriteRule(
+        lambda op, table, ids: op.Gather(table, ids), int8_lookup, lambda context, table, ids: is_matrix(table)
+    )
+    model = rewrite(onnx_ir.load(source), [RewriteRule(matmul, partial(int8_product, widest=widest), of_tokens), lookups])
+    CommonSubexpressionEliminationPass()(model)  # what is read by several matrices is quantized once
+    onnx_ir.save(model, target)
 
 
 def write_part(whole: Path, part: str, outputs: list[str]) -> None:
@@ -257,13 +218,12 @@ def write_part(whole: Path, part: str, outputs: list[str]) -> None:
     model = onnx.load(whole)
     extracted = onnx.utils.Extractor(model).extract_model([x.name for x in model.graph.input], outputs)
     read = {name for node in extracted.graph.node for name in node.input}
-    inputs = [x for x in extracted.graph.input if x.name in read]
-    del extracted.graph.input[:]
-    extracted.graph.input.extend(inputs)
+    unread = [x for x in extracted.graph.input if x.name not in read]
     # JavaScript's runtimes feed only inputs that have no initializer: they could never tell the branch how words are written.
-    kept = [x for x in extracted.graph.initializer if x.name != "casing_ids"]
-    del extracted.graph.initializer[:]
-    extracted.graph.initializer.extend(kept)
+    defaults = [x for x in extracted.graph.initializer if x.name == "casing_ids"]
+    for field, values in ((extracted.graph.input, unread), (extracted.graph.initializer, defaults)):
+        for value in values:
+            field.remove(value)
     content, place = whole.read_bytes(), 0
     for tensor in extracted.graph.initializer:
         values = tensor.raw_data
@@ -327,9 +287,8 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
     feeds = make_feeds(make_annotator(model, tokenizer, torch.device("cpu")), graph, texts)
     expected = collect(graph.outputs, graph.run, feeds)
     exact, quantized = (output / file for file in ONNX_FILES.values())
-    for file in (exact, quantized):  # rather none than those of earlier weights
-        for name in (file.name, *(onnx_part(file.name, part) for part in ONNX_PARTS)):
-            file.with_name(name).unlink(missing_ok=True)
+    for file in EXPORTS:  # rather none than those of earlier weights
+        (output / file).unlink(missing_ok=True)
     model.set_attn_implementation("eager")  # it becomes fewer and faster operators than SDPA
     write_graph(graph, exact)
     found = collect(graph.outputs, onnx_run(exact), feeds)
@@ -358,9 +317,7 @@ def validation_texts(recipe: "Recipe") -> list[str]:
     from common.data import has_split, load_task_split
 
     texts = []
-    for task in recipe.parts.values():
-        if not has_split(task, "validation"):
-            continue
+    for task in (x for x in recipe.parts.values() if has_split(x, "validation")):
         rows = load_task_split(task, "validation")[:VERIFIED_ROWS]
         texts += [" ".join(x) if isinstance(x, list) else x for column in task.text_columns for x in rows[column]]
     return texts
@@ -403,7 +360,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     logging.disable(logging.WARNING)  # of what is not needed: torchvision, optimizations that the exporter has made itself
-    output, texts = args.output or Path(args.repo), list(SENTENCES)
+    output, texts, result = args.output or Path(args.repo), list(SENTENCES)
     try:
         if args.data:
             from common.recipe import Recipe
