@@ -360,7 +360,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     logging.disable(logging.WARNING)  # of what is not needed: torchvision, optimizations that the exporter has made itself
-    output, texts, result = args.output or Path(args.repo), list(SENTENCES)
+    output, texts = args.output or Path(args.repo), list(SENTENCES)
     try:
         if args.data:
             from common.recipe import Recipe

@@ -17,7 +17,7 @@ PACKAGES = {path.parts[0].removesuffix(".py") for path in SOURCES} - {"tests", "
 
 # Used where they are installed, each with a message of its own or a test that is skipped.
 OPTIONAL = {
-    "en_core_web_sm", "fastembed", "onnx", "onnx_ir", "onnxruntime", "peft", "ray", "torchjd", "vaderSentiment",
+    "en_core_web_sm", "fastembed", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "peft", "ray", "torchjd", "vaderSentiment",
 }  # fmt: skip
 
 
