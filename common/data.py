@@ -11,11 +11,9 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from scipy.stats import norm
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -28,7 +26,6 @@ from tasks_multitask import TOKEN, is_number
 
 Example = dict[str, Any]
 TaggedRow = tuple[list[str], list[str | None]]  # tokens, and the tag of each, None for a missing one
-ROUNDING = 1e-6  # of a rating that is stored in float32
 ENCODED_TOKENS = 4096  # in a batch of `encode`
 
 
@@ -314,24 +311,6 @@ def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
         return found.pop() if len(found) == 1 else IGNORE_INDEX
 
     return several if problem == "multi_label_classification" else one
-
-
-def soft_labels(task: TaskRecipe, data: Dataset, where: str) -> list[list[float]]:
-    """Returns the probability of each of the task's labels for every row, given its rating and the ratings' error.
-
-    Raises:
-        DataError: A rating is no number, or lies where the row's label does not.
-    """
-    column, deviation = task.ratings.column, task.ratings.deviation
-    edges = np.array([-np.inf, *task.ratings.cuts, np.inf])
-    places = [f"{where}, row {row}, column {column}" for row in range(len(data))]
-    ratings = np.array([_score(value, place) for value, place in zip(data[column], places, strict=True)])
-    to_label = label_reader(task, data, list(task.labels or []), where)
-    for rating, value, place in zip(ratings.tolist(), data[task.label_column], places, strict=True):
-        label = to_label(value, place)
-        if label != IGNORE_INDEX and not edges[label] - ROUNDING <= rating <= edges[label + 1] + ROUNDING:
-            raise DataError(f"{place}: rating {rating:g} is not {task.labels[label]!r} by the cuts {task.ratings.cuts}.")
-    return np.diff(norm.cdf((edges - ratings[:, None]) / deviation), axis=1).tolist()
 
 
 def _score(value: Any, place: str) -> float:

@@ -14,9 +14,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from configuration_multitask import check_task_name
-from tasks_multitask import PROBLEM_TYPES, SEQUENCE, TOKEN, TaskSpec
+from tasks_multitask import TOKEN, TaskSpec
 
-SINGLE = PROBLEM_TYPES[0]
 SCORED_PAIRS = "scored_pairs"  # the kind of task that trains the embedding, and has no head
 GRADIENT_SURGERY = "pcgrad"
 Rewrite = Literal["lower", "upper", "title", "bare"]  # how else a training text may be written
@@ -65,21 +64,6 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class RatingsRecipe:
-    """Soft labels from ratings: a text whose rating lies near a cut counts in part for the label beyond it.
-
-    Attributes:
-        column: The data set's column of ratings.
-        cuts: Where one label ends and the next begins, ascending; one fewer than the task has labels.
-        deviation: Standard deviation of a rating's error, in the unit of the ratings.
-    """
-
-    column: str
-    cuts: Annotated[list[float], Field(min_length=1)]
-    deviation: Annotated[float, Field(gt=0)]
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SourceRecipe:
     """How a data set is read, whether it is a task's only one or one of several.
 
@@ -94,7 +78,6 @@ class SourceRecipe:
             one label, rows whose labels map to different ones have none.
         unsaid: Labels of the task (for entities: types) that this data set never marks, so that their absence means
             nothing: the loss takes the probability of an "O" as that of "O" or any of them.
-        ratings: The ratings that the labels were cut from; training then sees soft labels.
         limit: Maximum number of rows of the train split, sampled with the run's seed.
         passage_rows: Token tasks: number of consecutive rows that are also joined into one passage, so that the head learns
             from longer texts as well.
@@ -108,7 +91,6 @@ class SourceRecipe:
     splits: dict[Literal["train", "validation", "test"], str] = Field(default_factory=dict)
     mapping: dict[str, str] = Field(default_factory=dict)
     unsaid: list[str] = Field(default_factory=list)
-    ratings: RatingsRecipe | None = None
     limit: Count | None = None
     passage_rows: Count = 1
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -159,7 +141,7 @@ class TaskRecipe(SourceRecipe):
     @property
     def columns(self) -> list[str]:
         """The columns of its data set that are read."""
-        return [*self.text_columns, self.label_column, *([self.ratings.column] if self.ratings else [])]
+        return [*self.text_columns, self.label_column]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -423,15 +405,11 @@ def _dataset_problems(task: TaskRecipe, needs_folder: bool) -> list[str]:
     rows, needed = task.passage_rows, 1 if task.has_head else 2
     if not task.dataset:
         return ["dataset is missing; name one, or several under `datasets`"]
-    return (
-        _mapping_problems(task)
-        + _ratings_problems(task)
-        + _found(
-            (len(task.text_columns) != needed, f"text_columns is {task.text_columns}; a {task.kind} task needs {needed}"),
-            (not task.label_column, "label_column is missing; name the column of labels, tags or scores"),
-            (rows > 1 and task.kind != TOKEN, f"passage_rows is {rows}; only {TOKEN} tasks join their rows"),
-            (needs_folder and task.folder is None, "folder is missing; --data needs the folder's name"),
-        )
+    return _mapping_problems(task) + _found(
+        (len(task.text_columns) != needed, f"text_columns is {task.text_columns}; a {task.kind} task needs {needed}"),
+        (not task.label_column, "label_column is missing; name the column of labels, tags or scores"),
+        (rows > 1 and task.kind != TOKEN, f"passage_rows is {rows}; only {TOKEN} tasks join their rows"),
+        (needs_folder and task.folder is None, "folder is missing; --data needs the folder's name"),
     )
 
 
@@ -473,24 +451,6 @@ def _mapping_problems(task: TaskRecipe) -> list[str]:
     problems += [f"unsaid holds {name!r}; allowed: {', '.join(names)}" for name in task.unsaid if name not in names]
     said = set(task.unsaid) & set(task.mapping.values())
     return problems + [f"unsaid holds {name!r}, which mapping says" for name in sorted(said)]
-
-
-def _ratings_problems(task: TaskRecipe) -> list[str]:
-    if task.ratings is None:
-        return []
-    several, ratings, count = task.head.get("problem_type", SINGLE) != SINGLE, task.ratings, len(task.labels or [])
-    if task.kind != SEQUENCE or several or not count or task.focal_gamma or task.unsaid:
-        return [
-            f"ratings is given; it needs a {SEQUENCE} task of one label per text, `labels`, and neither focal_gamma nor unsaid"
-        ]
-    names = ", ".join(task.labels or [])
-    return _found(
-        (ratings.cuts != sorted(set(ratings.cuts)), f"ratings.cuts is {ratings.cuts}; the cuts ascend"),
-        (
-            len(ratings.cuts) != count - 1,
-            f"ratings.cuts has {len(ratings.cuts)} cuts; {count} labels ({names}) need {count - 1}",
-        ),
-    )
 
 
 def _head_problems(task: TaskRecipe) -> list[str]:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from annotator_multitask import Window, find_words
 from common.data import (
-    DataError,
     class_names,
     data_source,
     load_split,
@@ -16,12 +15,11 @@ from common.data import (
     make_examples,
     rewrite,
     rewritten,
-    soft_labels,
     task_labels,
     token_spans,
     word_tags,
 )
-from common.recipe import RatingsRecipe, TaskRecipe
+from common.recipe import TaskRecipe
 from modeling_multitask import IGNORE_INDEX
 from tasks_multitask import CASINGS
 from tests.conftest import WINDOW, tiny_tokenizer
@@ -314,35 +312,3 @@ def test_a_batch_of_tags_is_padded_where_nothing_counts():
     batch = make_batch({"t": "token_classification"}, [{**x, "labels": {"t": x["labels"]}} for x in examples], 0)
     assert batch["labels"]["t"].tolist() == [[-100, 1, 0, -100], [-100, 3, -100, -100]]
     assert batch["casing_ids"].tolist() == [[0, 4, 1, 0], [0, 1, 0, 0]]
-
-
-def rated(ratings, labels):
-    return Dataset.from_dict({"text": ["x"] * len(ratings), "label": labels, "score": ratings})
-
-
-RATED = TaskRecipe(
-    kind="sequence_classification",
-    labels=["bad", "neutral", "good"],
-    text_columns=["text"],
-    label_column="label",
-    ratings=RatingsRecipe(column="score", cuts=[-1.0, 1.0], deviation=0.5),
-)
-
-
-def test_a_rating_near_a_cut_counts_for_both_sides():
-    found = soft_labels(RATED, rated([-1.0, 0.0, 3.0], [0, 1, 2]), "d")
-    assert [sum(row) for row in found] == pytest.approx([1.0] * 3)
-    assert found[0][:2] == pytest.approx([0.5, 0.5], abs=1e-4)
-    assert found[1] == pytest.approx([0.0228, 0.9545, 0.0228], abs=1e-4) and found[2][2] == pytest.approx(1.0, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("ratings", "message"),
-    [
-        ([0.0, 2.0, 0.0], "d, row 1, column score: rating 2 is not 'neutral' by the cuts"),
-        ([0.0, None, 0.0], "d, row 1, column score: score None is no number"),
-    ],
-)
-def test_a_rating_that_does_not_fit_its_label_is_named(ratings, message):
-    with pytest.raises(DataError, match=message):
-        soft_labels(RATED, rated(ratings, [1, 1, 1]), "d")

@@ -38,17 +38,6 @@ def test_class_weights_and_focal_exponent_by_hand():
     assert found.item() == pytest.approx((-math.log(right) * (1 - right) ** 2 - math.log(wrong) * (1 - wrong) ** 2) / 2)
 
 
-def test_soft_labels_count_each_class_by_its_share():
-    weights, share = torch.tensor([3.0, 1.0]), torch.tensor([[0.25, 0.75], [1.0, 0.0]])
-    losses = [
-        [classification_loss(SINGLE, LOGITS[[i]], torch.tensor([c]), recipe(), weights) for c in (0, 1)] for i in (0, 1)
-    ]
-    by_hand = sum(share[i, c] * losses[i][c] for i in (0, 1) for c in (0, 1)) / 2
-    assert classification_loss(SINGLE, LOGITS, share, recipe(), weights).item() == pytest.approx(by_hand.item())
-    assert label_counts(SINGLE, [*share.tolist(), 0, IGNORE_INDEX]).tolist() == [2.25, 0.75]
-    assert label_counts(SINGLE, share.tolist()).tolist() == [1.25, 0.75]
-
-
 def test_multi_label_options_by_hand():
     labels, p = torch.tensor([[1.0, 0.0]]), 1 / (1 + math.exp(-2))
     found = classification_loss(MULTI, LOGITS[:1], labels, recipe(focal_gamma=1.0), torch.tensor([2.0, 1.0]))

@@ -175,20 +175,12 @@ def with_part(**fields):
     return recipe
 
 
-def rated(**fields):
-    return {"column": "z", "cuts": [0.0], "deviation": 0.5, **fields}
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (with_part(mapping={"n": "awful"}), "tasks.mood.datasets.a.mapping.n is 'awful'; allowed: bad, good, or an empty"),
         (with_part(unsaid=["awful"]), "tasks.mood.datasets.a.unsaid holds 'awful'; allowed: bad, good"),
         (with_part(unsaid=["bad"], mapping={"n": "bad"}), "datasets.a.unsaid holds 'bad', which mapping says"),
-        (with_part(ratings=rated(cuts=[1.0, 0.0])), r"datasets.a.ratings.cuts is \[1.0, 0.0\]; the cuts ascend"),
-        (with_part(ratings=rated(cuts=[0.0, 1.0])), r"ratings.cuts has 2 cuts; 2 labels \(bad, good\) need 1"),
-        (with_part(ratings=rated(deviation=0.0)), "ratings.deviation is 0.0; it must be greater than 0"),
-        (with_part(ratings=rated(), unsaid=["bad"]), "ratings is given; it needs .*, and neither focal_gamma nor unsaid"),
         (with_part(dataset="db"), "datasets names 'db' 2 times"),
         (with_part(epochs=-1.0), "tasks.mood.datasets.a.epochs is -1.0; it must be greater than 0"),
         (with_part(passage_rows=2), "datasets.a.passage_rows is 2; only token_classification"),

@@ -138,16 +138,6 @@ def test_casing_tells_what_the_uncased_words_cannot(workshop):
     assert (first["sentence_embedding"] == second["sentence_embedding"]).all(), "casing never reaches the embedding"
 
 
-def test_ratings_teach_how_sure_to_be(workshop):
-    data = split("mood").select([0, 1] * 4).add_column("stars", [2.6, 0.0] * 4)  # the first text lies just above the cut
-    data.to_parquet(workshop.folder / "mood/train.parquet")
-    soft = 'tasks.mood.ratings={column="stars", cuts=[2.5], deviation=1.0}'
-    settings = ('tasks.mood.labels=["bad", "good"]', soft, "tasks.mood.epochs=30")
-    _, output = workshop.train("mood", settings=settings)
-    close, clear = (x["labels"]["mood"] for x in workshop.pipe(output)(["love it", "so sad"]))
-    assert (close["label"], clear["label"]) == ("good", "bad") and close["score"] < 0.85 and clear["score"] > 0.95
-
-
 @pytest.mark.parametrize(
     "settings",
     [

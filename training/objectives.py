@@ -11,10 +11,9 @@ from common.data import fold_unsaid
 from common.recipe import Recipe, TaskRecipe
 from learning_multitask import CASING_DROPOUT
 from modeling_multitask import IGNORE_INDEX, MultiTaskModel, MultiTaskOutput, pool, task_loss
-from tasks_multitask import PROBLEM_TYPES, SEQUENCE, TaskSpec
+from tasks_multitask import TaskSpec
 from training.sampler import Stream
 
-SINGLE_LABEL, MULTI_LABEL, _ = PROBLEM_TYPES
 EFFECTIVE_NUMBER_BETA = 0.999
 
 
@@ -34,14 +33,11 @@ def class_weights(counts: Tensor, method: str) -> Tensor:
 
 
 def label_counts(spec: TaskSpec, labels: list[Any]) -> Tensor:
-    """Returns how often each class occurs, float [C], in the labels of a task's examples; soft labels count in part."""
-    if spec.problem_type == MULTI_LABEL:
-        return torch.tensor(labels).view(-1, len(spec.labels)).clamp(min=0).sum(dim=0)
-    soft = [x for x in labels if isinstance(x, list)] if spec.kind == SEQUENCE else []
-    hard = [x for x in labels if not isinstance(x, list)] if soft else labels
-    flat = torch.cat([torch.tensor([IGNORE_INDEX]), *(torch.as_tensor(x).reshape(-1) for x in hard)])
-    counts = torch.bincount(flat[flat != IGNORE_INDEX].long(), minlength=len(spec.labels)).float()
-    return counts + torch.tensor(soft).sum(dim=0) if soft else counts
+    """Returns how often each class occurs, float [C], in the labels of a task's examples."""
+    flat = torch.cat([torch.as_tensor(x, dtype=torch.float32).reshape(-1) for x in labels])
+    if spec.problem_type == "multi_label_classification":
+        return flat.view(-1, len(spec.labels)).clamp(min=0).sum(dim=0)
+    return torch.bincount(flat[flat != IGNORE_INDEX].long(), minlength=len(spec.labels)).float()
 
 
 def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: TaskRecipe, weights: Tensor | None) -> Tensor:
@@ -52,18 +48,16 @@ def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: Ta
     Args:
         spec: The head.
         logits: float [B, C] or [B, T, C].
-        labels: As for `task_loss`, or soft, float [B, C] that sum to one.
+        labels: As for `task_loss`.
         task: Gives `focal_gamma` (Lin et al. 2017, Focal loss for dense object detection) and the labels that its data set never marks.
         weights: float [C], a factor per class; for multi-label tasks of each class's presence.
     """
-    if task.unsaid and spec.problem_type != MULTI_LABEL:  # there, what is never marked is missing
+    if task.unsaid and spec.problem_type != "multi_label_classification":  # there, what is never marked is missing
         logits = fold_unsaid(logits.float(), task, spec.labels)
-    if labels.is_floating_point() and spec.problem_type == SINGLE_LABEL:  # soft: each class has its share
-        return F.cross_entropy(logits.float(), labels, weights, reduction="sum") / len(labels)
     if weights is None and not task.focal_gamma:
         return task_loss(spec, logits, labels)
     logits, kept = logits.float(), labels != IGNORE_INDEX
-    if spec.problem_type == MULTI_LABEL:
+    if spec.problem_type == "multi_label_classification":
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none", pos_weight=weights)
         certainty = torch.where(labels > 0.5, logits, -logits).sigmoid()
     else:

@@ -37,7 +37,6 @@ from common.data import (
     load_task_split,
     make_examples,
     rewritten,
-    soft_labels,
     task_labels,
     text_ids,
 )
@@ -113,8 +112,6 @@ def load_part(
     labels = task_labels(part, data)
     where = f"tasks.{key} ({part.dataset}, split {part.splits.get('train', 'train')})"
     examples = make_examples(part, data, labels, tokenizer, where)
-    if part.ratings:
-        examples = [{**x, "labels": y} for x, y in zip(examples, soft_labels(part, data, where), strict=True)]
     longest = tokenizer.model_max_length
     cut = sum(any(len(ids) >= longest for ids in text_ids(example)) for example in examples)  # each may have lost its end
     if cut:
