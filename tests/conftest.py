@@ -1,6 +1,7 @@
 """Tiny real models and tokenizers, made in memory, and a release folder of one of them."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in this suite may reach out
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -129,6 +131,25 @@ def write_release(folder: Path, model_type: str = "bert", num_task_layers: int =
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release folder of a tiny BERT with a task branch and a head of every kind."""
     return write_release(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def exported_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release folder like `release` with its ONNX files, which processes of one test run share: an export takes long."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from release import onnx as release_onnx
+
+    shared = (
+        tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("onnx")
+    )
+    folder = shared / "exported"
+    with FileLock(shared / "exported.lock"):
+        if not folder.exists():
+            whole = write_release(tmp_path_factory.mktemp("exported"))
+            release_onnx.export(whole, whole)
+            shutil.copytree(whole, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -44,17 +44,9 @@ sys.stdout.buffer.write(pickle.dumps(list(Annotator.from_export(source, backend,
 """
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release folder of a tiny model with a task branch, and its export."""
-    folder = write_release(tmp_path_factory.mktemp("exported"))
-    release_onnx.export(folder, folder)
-    return folder
-
-
 @pytest.fixture
-def copied(exported: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(exported, tmp_path / "copy")
+def copied(exported_release: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported_release, tmp_path / "copy")
 
 
 def read(source: str | Path, backend: str = "onnx", revision: str = "", **options: Any) -> list[dict[str, Any]]:
@@ -65,9 +57,9 @@ def read(source: str | Path, backend: str = "onnx", revision: str = "", **option
 
 
 @pytest.mark.parametrize("backend", ONNX_FILES)
-def test_records_are_the_pipelines_to_the_bit(exported, backend):
-    pipe = pipeline("multitask", model=str(exported), trust_remote_code=True, device="cpu", backend=backend)
-    for found, expected in zip(read(exported, backend), pipe(MIXED), strict=True):
+def test_records_are_the_pipelines_to_the_bit(exported_release, backend):
+    pipe = pipeline("multitask", model=str(exported_release), trust_remote_code=True, device="cpu", backend=backend)
+    for found, expected in zip(read(exported_release, backend), pipe(MIXED), strict=True):
         np.testing.assert_array_equal(found.pop("sentence_embedding"), expected.pop("sentence_embedding"))
         assert found == expected
 
@@ -88,18 +80,18 @@ HfApi().delete_file("tokenizer.json", "user/model")
 """
 
 
-def test_a_model_on_the_hub_at_a_revision(exported, tmp_path):
+def test_a_model_on_the_hub_at_a_revision(exported_release, tmp_path):
     with LoopbackHub() as hub:
         env = hub.env(tmp_path / "home")
-        commit = subprocess.check_output([sys.executable, "-c", UPLOAD, exported], env=env, text=True).split()[-1]
+        commit = subprocess.check_output([sys.executable, "-c", UPLOAD, exported_release], env=env, text=True).split()[-1]
         found = read("user/model", revision=commit, env=env)
-        assert [x["labels"] for x in found] == [x["labels"] for x in read(exported)]
+        assert [x["labels"] for x in found] == [x["labels"] for x in read(exported_release)]
         with pytest.raises(subprocess.CalledProcessError) as failed:
             read("user/model", revision="main", env=env, stderr=subprocess.PIPE)
     assert b"ValueError: user/model holds no tokenizer.json" in failed.value.stderr
 
 
-def test_the_command_line_writes_the_same_with_several_processes(exported, tmp_path):
+def test_the_command_line_writes_the_same_with_several_processes(exported_release, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in MIXED), "utf-8")
     written = []
@@ -107,7 +99,7 @@ def test_the_command_line_writes_the_same_with_several_processes(exported, tmp_p
         target = tmp_path / f"{workers}.jsonl"
         given = [
             "--model",
-            exported,
+            exported_release,
             "--backend",
             "onnx",
             "--input",

@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 
 from handler import EndpointHandler
 from release.export import export
-from tests.conftest import ROOT, TASKS, TEXTS, write_release
+from tests.conftest import ROOT, TEXTS
 from tests.test_handler import alike, serve
 
 SCRIPTS = Path(__file__).with_name("consumers")
@@ -262,22 +262,12 @@ def encode_elsewhere(python: str | Path, script: str, repo: Path, folder: Path) 
     return np.load(folder / "vectors.npy")
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny release with one head and its ONNX files."""
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from release.onnx import export as export_onnx
-
-    folder = write_release(tmp_path_factory.mktemp("onnx"), tasks={"sentiment": TASKS["sentiment"]})
-    export_onnx(folder, folder)
-    return folder
-
-
 @pytest.mark.consumer
-def test_onnx_runtime_and_tokenizers_are_enough(exported, tmp_path):
-    expected = SentenceTransformer(str(exported), device="cpu").encode(SAMPLES)
-    np.testing.assert_allclose(encode_elsewhere(sys.executable, "encode_onnx.py", exported, tmp_path), expected, atol=1e-5)
+def test_onnx_runtime_and_tokenizers_are_enough(exported_release, tmp_path):
+    expected = SentenceTransformer(str(exported_release), device="cpu").encode(SAMPLES)
+    np.testing.assert_allclose(
+        encode_elsewhere(sys.executable, "encode_onnx.py", exported_release, tmp_path), expected, atol=1e-5
+    )
 
 
 @pytest.mark.environments
@@ -295,10 +285,12 @@ def test_other_versions_of_sentence_transformers_give_the_same_vectors(requireme
 
 
 @pytest.mark.environments
-def test_fastembed_gives_the_same_vectors(exported, environment, tmp_path):
-    expected = SentenceTransformer(str(exported), device="cpu").encode(SAMPLES)
+def test_fastembed_gives_the_same_vectors(exported_release, environment, tmp_path):
+    expected = SentenceTransformer(str(exported_release), device="cpu").encode(SAMPLES)
     python = environment("fastembed==0.9.1")  # which needs another huggingface_hub than this environment's
-    np.testing.assert_allclose(encode_elsewhere(python, "encode_fastembed.py", exported, tmp_path), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        encode_elsewhere(python, "encode_fastembed.py", exported_release, tmp_path), expected, atol=1e-5
+    )
 
 
 @pytest.mark.environments

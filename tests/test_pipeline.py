@@ -428,9 +428,9 @@ def test_odd_texts_get_whole_records(pipe, text):
 
 
 def test_a_text_of_a_million_characters(pipe):
-    text = "Tim went to Paris. " * 52_632
-    record = pipe(text, tasks=["pos"], batch_tokens=16_384)
-    assert len(record["entities"]["pos"]) == 5 * 52_632
+    text = "Tim Cook love Apple store Paris. " * 30_304  # words that are one token each
+    record = pipe(text, tasks=["pos"], embedding=False, batch_tokens=16_384)
+    assert len(record["entities"]["pos"]) == 7 * 30_304
     last = record["entities"]["pos"][-2]
     assert (last["word"], last["end"]) == ("Paris", text.rindex("Paris") + 5)
 
