@@ -88,7 +88,7 @@ def test_several_labels_get_thresholds_and_numbers_are_predicted():
 def test_entities_are_learned_by_their_characters():
     pipe = new_pipe()
     texts = [f"{'Paris' if i % 2 else 'paris'} is so {i} {'x' * (1 + i % 4)}" for i in range(32)]
-    report = pipe.add_task("place", texts, [[(0, 5, "LOC")] if i % 2 else [] for i in range(32)], casing_dim=8, epochs=60)
+    report = pipe.add_task("place", texts, [[(0, 5, "LOC")] if i % 2 else [] for i in range(32)], casing_dim=8, epochs=30)
     assert pipe.model.config.tasks["place"]["labels"] == ["O", "B-LOC", "I-LOC"] and report["score"] > 0.9
     found = [
         [(x["start"], x["end"]) for x in record["entities"]["place"]]
@@ -150,10 +150,10 @@ def test_a_label_seen_once_is_learned_and_said():
     assert report["labels"] == ["city", "other", "person"] and "1 labels occur once (person)" in report["notes"][0]
 
 
-def test_two_hundred_labels_and_five_rows():
-    texts = [f"{i} {'x' * j}" for i in range(200) for j in range(2)]
-    report = new_pipe().add_task("many", texts, [f"label {i:03}" for i in range(200) for j in range(2)])
-    assert len(report["labels"]) == 200 and len(report["confusions"]) <= 3
+def test_a_hundred_labels_and_five_rows():
+    texts = [f"{i} {'x' * j}" for i in range(100) for j in range(2)]
+    report = new_pipe().add_task("many", texts, [f"label {i:03}" for i in range(100) for j in range(2)])
+    assert len(report["labels"]) == 100 and len(report["confusions"]) <= 3
     report = new_pipe().add_task("few", CITIES[:5], LABELS[:5])
     assert report["rows"] == 5 and report["score"] is not None
 

@@ -1,7 +1,7 @@
 """Training as a user runs it, on tiny real models: every kind of task is learned, and runs can be watched, stopped and resumed."""
 
 import json
-import time
+import signal
 from pathlib import Path
 
 import pytest
@@ -382,20 +382,30 @@ def test_the_time_before_a_resume_counts(workshop):
     assert noted == sorted(noted), noted
 
 
+KILLED = """
+import os, signal
+from training.train import main
+from training.trainer import MultiTaskTrainer
+
+step = MultiTaskTrainer.training_step
+
+def counted(trainer, *arguments):
+    if trainer.state.global_step == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer, *arguments)
+
+MultiTaskTrainer.training_step = counted
+main()
+"""
+
+
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(workshop):
-    recipe = workshop.write("mood", "pairs")
-    settings = ["--set", "run.save_steps=20", "--set", "tasks.mood.epochs=40", "--set", "tasks.pairs.epochs=40"]
-    command = ["-m", "training.train", recipe, *settings, "--output"]
-    fresh.run([*command, workshop.folder / "whole"])
+    arguments = [workshop.write("mood", "pairs"), "--set", "run.save_steps=5", "--output"]
+    fresh.run(["-m", "training.train", *arguments, workshop.folder / "whole"])
     killed = workshop.folder / "killed"
-    process = fresh.start([*command, killed], workshop.folder)
-    deadline = time.monotonic() + 120
-    while newest_checkpoint(killed) is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert newest_checkpoint(killed) is not None and not (killed / "final").exists()
-    fresh.run([*command, killed, "--resume"])
+    assert fresh.run(["-c", KILLED, *arguments, killed], check=False).returncode == -signal.SIGKILL
+    assert newest_checkpoint(killed).name == "checkpoint-10" and not (killed / "final").exists()
+    fresh.run(["-m", "training.train", *arguments, killed, "--resume"])
     whole, resumed = (MultiTaskModel.from_pretrained(x / "final") for x in (workshop.folder / "whole", killed))
     assert same(whole, resumed)
 
