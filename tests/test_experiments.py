@@ -62,6 +62,7 @@ def test_unknown_names_are_refused_with_the_known_ones(budget, table, message):
 def place(tmp_path, monkeypatch) -> argparse.Namespace:
     """A grid of tiny runs, and where they are to run."""
     monkeypatch.setattr("evaluation.evaluate.NEIGHBOURS", 2)
+    monkeypatch.setattr("training.train.learning_curves", lambda history, path: None)  # a picture takes longer than a run
     workshop = Workshop(tmp_path)
     (tmp_path / "grid.toml").write_text(GRID.format(recipe=workshop.write("mood", "ner")))
     (tmp_path / "encoder/modules.json").unlink(missing_ok=True)

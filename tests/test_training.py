@@ -11,6 +11,7 @@ from filelock import FileLock
 from transformers import AutoTokenizer, BertModel
 
 from common.recipe import Recipe, RecipeError
+from evaluation.plots import learning_curves
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 from tests import fresh
@@ -96,7 +97,9 @@ class Workshop:
 
 
 @pytest.fixture
-def workshop(tmp_path):
+def workshop(tmp_path, monkeypatch):
+    """A workshop whose runs draw no curves: a picture takes longer than a run."""
+    monkeypatch.setattr(train, "learning_curves", lambda history, path: None)
     return Workshop(tmp_path)
 
 
@@ -275,7 +278,8 @@ def test_two_runs_are_averaged_where_tasks_train_and_nowhere_else():
         average(first, second, 0.5)
 
 
-def test_the_run_folder_says_what_was_run(workshop):
+def test_the_run_folder_says_what_was_run(workshop, monkeypatch):
+    monkeypatch.setattr(train, "learning_curves", learning_curves)
     model, output = workshop.train("mood", "ner", settings=("run.evaluations=2", "freezing.freeze=word_embeddings"))
     run, recipe = (json.loads((output / name).read_text()) for name in ("run.json", "recipe.json"))
     assert {"command", "revision", "libraries", "hardware", "parameters", "trained"} <= set(run)
