@@ -17,7 +17,8 @@ pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 
 from annotator_multitask import ONNX_FILES, Annotator  # noqa: E402
-from tests.conftest import ROOT, TASKS, TEXTS, WINDOW  # noqa: E402
+from release import onnx as release_onnx  # noqa: E402
+from tests.conftest import ROOT, TASKS, TEXTS, WINDOW, write_release  # noqa: E402
 from tests.loopback_hub import LoopbackHub  # noqa: E402
 
 ODD = [
@@ -61,6 +62,13 @@ def test_records_are_the_pipelines_to_the_bit(exported_release, backend):
     for found, expected in zip(read(exported_release, backend), pipe(MIXED), strict=True):
         np.testing.assert_array_equal(found.pop("sentence_embedding"), expected.pop("sentence_embedding"))
         assert found == expected
+
+
+def test_another_encoder_with_its_own_tokenizer(tmp_path):
+    folder = write_release(tmp_path, "roberta")
+    release_onnx.export(folder, folder)
+    pipe = pipeline("multitask", model=str(folder), trust_remote_code=True, device="cpu", backend="onnx")
+    assert [x["entities"] for x in read(folder)] == [x["entities"] for x in pipe(MIXED)]
 
 
 UPLOAD = """

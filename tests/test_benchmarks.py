@@ -11,7 +11,7 @@ import torch
 from transformers import pipeline
 
 from benchmarks import memory, rivals, run, starts
-from tests import conftest, fresh
+from tests import conftest
 
 TEXTS = [f"Text number {i} of Kofi Annan." for i in range(6)]
 LONG_AND_SHORT = [*TEXTS, *conftest.TEXTS, "a " * 100]
@@ -53,30 +53,21 @@ def test_a_number_that_is_none_is_refused_by_name(argument, run_main, capsys):
     assert f"argument {name}: {value} is not allowed: give a number from 1 up" in capsys.readouterr().err
 
 
-def test_every_command_that_annotates_one_text_runs(release):
-    ways = starts.commands(release)
-    assert "torch" in ways and "onnx" not in ways, "this release has no export"
-    for command in ways.values():
-        fresh.run(command[1:])
-
-
-def test_the_seconds_and_the_memory_of_commands_are_measured(tmp_path, monkeypatch):
-    take = [sys.executable, "-c", "bytearray(b'x' * 50_000_000)"]
-    monkeypatch.setattr(starts, "commands", lambda model: {"torch": take, "onnx": [*take[:2], ""]})
+def test_one_text_from_the_shell(release, tmp_path, monkeypatch):
     output = tmp_path / "starts.json"
-    monkeypatch.setattr(sys, "argv", ["starts", "--rounds", "2", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["starts", "--model", str(release), "--rounds", "1", "--output", str(output)])
     starts.main()
     ways = json.loads(output.read_text())["ways"]
     assert ways["torch"]["to_torch"] == 1 and ways["torch"]["seconds"] > 0 and ways["torch"]["peak_bytes"] > 50e6
-    assert ways["onnx"]["to_torch"] > 0 and ways["onnx"]["peak_bytes"] < 50e6
+    assert "onnx" not in ways, "this release has no export"
 
 
 def test_a_longer_file_takes_about_the_same_memory(tmp_path, monkeypatch):
     output = tmp_path / "memory.json"
-    monkeypatch.setattr(sys, "argv", ["memory", "--rows", "500", "1500", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["memory", "--rows", "1500", "3000", "--output", str(output)])
     memory.main()
     found = json.loads(output.read_text())
-    assert found["peak_bytes"]["500"] > 50e6 and 0.8 < found["ratio"] < 1.2
+    assert found["peak_bytes"]["1500"] > 50e6 and 0.8 < found["ratio"] < 1.2
 
 
 def test_every_round_runs_all_jobs_and_begins_with_another():

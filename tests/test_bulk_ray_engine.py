@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import annotate
-from bulk import ray_engine
 from bulk.annotator import Annotator, Settings
 from bulk.parts import Output
 from bulk.run import Progress, annotate_file
@@ -29,13 +28,10 @@ OPTIONS = ["--device", "cpu", "--tasks", "rating,sentiment", "--no-embedding"]
 
 @pytest.fixture
 def run(release, monkeypatch, capsys):
-    """Runs `annotate.py --engine ray` in this process on a local cluster; returns exit code and standard error.
-
-    A worker imports what it needs in seconds, so there is only one where a test does not ask for more.
-    """
+    """Runs `annotate.py --engine ray` in this process on a local cluster; returns exit code and standard error."""
 
     def call(*arguments):
-        command = ["annotate.py", "--model", str(release), "--engine", "ray", "--num-workers", "1", *OPTIONS]
+        command = ["annotate.py", "--model", str(release), "--engine", "ray", "--num-workers", "2", *OPTIONS]
         monkeypatch.setattr(sys, "argv", [*command, *map(str, arguments)])
         capsys.readouterr()
         try:
@@ -77,13 +73,13 @@ def test_a_worker_that_is_killed_costs_nothing_and_shards_are_resumed(run, relea
     source, output, killed = tmp_path / "in", tmp_path / "out", []
     source.mkdir()
     for shard in range(4):
-        write_texts(source / f"{shard}.jsonl", 2100 + 100 * shard)  # three parts each
+        write_texts(source / f"{shard}.jsonl", 4000 + 100 * shard)
     killer = threading.Thread(target=kill_one_worker, args=(output, killed), daemon=True)
     killer.start()
-    code, err = run("--input", source, "--output", output, "--num-workers", "2")
-    assert code == 0 and killed and "4/4" in err and "texts/s" in err and "180 rows could not be annotated" in err, err
+    code, err = run("--input", source, "--output", output)
+    assert code == 0 and killed and "4/4" in err and "texts/s" in err and "332 rows could not be annotated" in err, err
     table = pq.read_table(output).to_pylist()
-    assert len(table) == 9000 and sum(x["error"] is not None for x in table) == 180
+    assert len(table) == 16_600 and sum(x["error"] is not None for x in table) == 332
     elsewhere(annotate_alone, release, source, tmp_path)
     for shard in range(4):
         alone, written = tmp_path / f"{shard}.parquet", output / f"{shard}.jsonl.parquet"
@@ -123,7 +119,7 @@ def test_a_machine_that_dies_costs_nothing(run, release, tmp_path, monkeypatch):
 
     threading.Thread(target=kill_machine, daemon=True).start()
     try:
-        code, err = run("--input", source, "--output", output, "--num-workers", "2")
+        code, err = run("--input", source, "--output", output)
         assert code == 0 and "4/4" in err and [node["Alive"] for node in ray.nodes()].count(False) == 1, err
     finally:
         ray.shutdown()
@@ -159,9 +155,10 @@ def test_a_shard_whose_input_changed_is_named_when_the_run_is_resumed(run, tmp_p
     assert code == 1 and "1 of 2 shards failed; b.txt: --resume: sha256 of --input's rows was" in err
 
 
-def test_ray_listens_on_the_loopback_interface_alone():
-    ray = ray_engine._start_ray()
-    ray.get(ray.remote(lambda: None).remote())  # in a worker, which listens too
+def test_ray_listens_on_the_loopback_interface_alone(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("one\n")
+    assert run("--input", tmp_path / "in", "--output", tmp_path / "out")[0] == 0
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     sockets = [x for process in family for x in process.net_connections("tcp") if x.status == psutil.CONN_LISTEN]
     assert sockets and {x.laddr.ip.removeprefix("::ffff:") for x in sockets} == {"127.0.0.1"}, sockets

@@ -27,28 +27,22 @@ from modeling_multitask import MultiTaskForTokenClassification, MultiTaskModel, 
 from release import ways as ways_script
 from release.export import export
 from tasks_multitask import POOLING_MODES
-from tests import fresh
 from tests.conftest import ENCODERS, ROOT, TASKS, TEXTS, write_release
 from tests.loopback_hub import LoopbackHub
 
 WAYS = Path(ways_script.__file__)
 
 
-def read_outputs(folder: Path, done: subprocess.CompletedProcess) -> dict[str, np.ndarray]:
-    """Fails on anything that `ways.py` printed, and returns what each way gave."""
+def outputs_in_a_fresh_process(
+    repo: str, folder: Path, environment: dict[str, str], *revision: str
+) -> dict[str, np.ndarray]:
+    """Runs `ways.py` elsewhere; fails on anything that is printed, and returns what each way gave."""
+    command = [sys.executable, str(WAYS), repo, str(folder / "outputs.npz"), *revision]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and done.stdout == "", f"loading must be silent, but printed:\n{done.stdout}{done.stderr}"
     with np.load(folder / "outputs.npz") as stored:
         return dict(stored)
-
-
-def outputs_in_a_fresh_process(
-    repo: str, folder: Path, environment: dict[str, str], *revision: str
-) -> dict[str, np.ndarray]:
-    """Runs `ways.py` in a new process, so that imports are silent too, and returns what each way gave."""
-    command = [sys.executable, str(WAYS), repo, str(folder / "outputs.npz"), *revision]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    return read_outputs(folder, done)
 
 
 def assert_all_ways_agree(found: dict[str, np.ndarray]) -> None:
@@ -71,8 +65,7 @@ def assert_all_ways_agree(found: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture(scope="module")
 def local_outputs(release, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("local")
-    return read_outputs(folder, fresh.run([WAYS, release, folder / "outputs.npz"], cwd=folder, check=False))
+    return outputs_in_a_fresh_process(str(release), tmp_path_factory.mktemp("local"), dict(os.environ))
 
 
 def test_all_ways_agree_on_a_local_release(local_outputs):
