@@ -24,7 +24,8 @@ from learning_multitask import fit_temperature, fit_thresholds
 from modeling_multitask import MultiTaskModel
 from pipeline_multitask import MultiTaskPipeline
 
-SHIFTS = sorted((round(0.1 * step, 1) for step in range(-10, 11)), key=abs)  # of equally good ones the smallest counts
+# Of a logit that no temperature divides; of equally good ones the smallest counts.
+SHIFTS = sorted((round(0.1 * step, 1) for step in range(-10, 11)), key=abs)
 
 
 def calibrate(
@@ -55,7 +56,8 @@ def calibrate(
         logits = [x.logits * spec.temperature for x in found]
         if spec.is_bio:
             shift = fit_begin_shift(BioScheme(spec.labels), logits, found)
-            model.heads[name].classifier.bias.data += torch.from_numpy(shift * begins)
+            bias = model.heads[name].classifier.bias.data
+            bias += torch.from_numpy(shift * begins).to(bias)
         raw, truth = np.concatenate(logits) + shift * begins, np.concatenate([x.truth for x in found])
         fields: dict[str, Any] = {"temperature": fit_temperature(raw, truth)}
         if spec.problem_type == MULTI_LABEL:

@@ -46,9 +46,7 @@ class Column:
     """A column of a table."""
 
     title: str
-    place: (
-        str  # the keys that lead to its value in a result; "metrics", where there are any, and "intervals" go without saying
-    )
+    place: str  # keys that lead to its value in a result, "metrics" and "intervals" left out
     decimals: int = 3
     unit: float = 1.0  # what values are divided by
     compared: bool = True  # whether rows are
