@@ -53,6 +53,7 @@ def test_a_number_that_is_none_is_refused_by_name(argument, run_main, capsys):
     assert f"argument {name}: {value} is not allowed: give a number from 1 up" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_text_from_the_shell(release, tmp_path, monkeypatch):
     output = tmp_path / "starts.json"
     monkeypatch.setattr(sys, "argv", ["starts", "--model", str(release), "--rounds", "1", "--output", str(output)])
@@ -62,6 +63,7 @@ def test_one_text_from_the_shell(release, tmp_path, monkeypatch):
     assert "onnx" not in ways, "this release has no export"
 
 
+@pytest.mark.slow
 def test_a_longer_file_takes_about_the_same_memory(tmp_path, monkeypatch):
     output = tmp_path / "memory.json"
     monkeypatch.setattr(sys, "argv", ["memory", "--rows", "1500", "3000", "--output", str(output)])

@@ -122,6 +122,7 @@ def kill_at_random_moments(release: Path, folder: Path) -> None:
     assert killed == 20 and resumed >= 8, (killed, resumed)
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments_it_goes_on_to_the_same_bytes(release, tmp_path):
     elsewhere(kill_at_random_moments, release, tmp_path)
 

@@ -86,7 +86,16 @@ def assert_same_as_torch(folder: Path, given: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(found[name][kept], value.numpy()[kept], atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("model_type", "num_task_layers"), [("bert", 0), *((name, 1) for name in ENCODERS)])
+@pytest.mark.parametrize(
+    ("model_type", "num_task_layers"),
+    [
+        ("bert", 0),
+        ("bert", 1),
+        ("modernbert", 1),
+        pytest.param("roberta", 1, marks=pytest.mark.slow),
+        pytest.param("distilbert", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_every_encoder_gives_pytorchs_numbers_in_every_shape(exported, model_type, num_task_layers):
     folder, _ = exported(model_type, num_task_layers)
     for shape in SHAPES:
