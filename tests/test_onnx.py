@@ -195,10 +195,7 @@ def test_eight_bits_are_smaller_and_mostly_agree(exported):
     folder, result = exported()
     exact, quantized = (folder / file for file in ONNX_FILES.values())
     assert quantized.stat().st_size < 0.6 * exact.stat().st_size  # of a tiny model the graph itself is a good part
-    assert result["int8_cosine"] > 0.99 and min(result["int8_same_labels"].values()) > 0.8
-    assert set(result["int8_same_labels"]) == {f"logits.{name}" for name in (*TASKS, "cased", "wide", "both")} - {
-        "logits.rating"
-    }
+    assert result["int8_cosine"] > 0.99
     assert session(folder, "onnx-int8").run(["sentence_embedding"], feed(1, 2))[0].shape == (1, 8)
 
 
@@ -317,7 +314,6 @@ def test_each_backend_is_measured_on_the_tasks_of_the_recipe(exported):
     assert found["metric"] == "macro_recall" and found["rows"] == 20
     assert found["onnx"] == found["torch"] and found["points"]["onnx"] == 0
     assert found["points"]["onnx-int8"] == pytest.approx(100 * (found["onnx-int8"] - found["torch"]), abs=0.01)
-    assert len(release_onnx.validation_texts(recipe)) == release_onnx.VERIFIED_ROWS
 
 
 # What goes wrong
