@@ -63,8 +63,6 @@ NEIGHBOURS = 10
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES
 LESS_IS_BETTER = ("mean_absolute_error", "calibration_error")
 
-Measures = tuple[dict[str, float], Intervals]
-
 
 def measure(
     pipe: Any,
@@ -273,7 +271,7 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
                 yield record, [], mean_over_windows(group, [window.logits[name] for window in group])
 
 
-def measured(statistics: list[Statistic], intervals: bool) -> Measures:
+def measured(statistics: list[Statistic], intervals: bool) -> tuple[dict[str, float], Intervals]:
     """Returns all metrics, and their intervals if asked for."""
     metrics = {name: value for x in statistics for name, value in x.metrics().items()}
     return metrics, {name: ends for x in statistics for name, ends in x.intervals().items()} if intervals else {}

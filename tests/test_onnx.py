@@ -215,7 +215,7 @@ def test_every_way_to_eight_bits_is_compared_and_by_token_heeds_no_neighbours(ex
     from benchmarks import int8
 
     folder, _ = exported("bert", 1)
-    found = int8.measure(str(folder), sample_texts()[:12], 1, lambda line: None)
+    found = int8.measure(str(folder), sample_texts()[:12], 1)
     assert list(found) == [int8.FLOAT, *int8.WAYS, int8.BFLOAT16]
     assert found[int8.FLOAT]["time_to_float"] == 1 and found[int8.FLOAT]["beside_float"]["cosine_min"] > 0.9999
     for name in (int8.FLOAT, "by token (the release's)", "by token, no zero points"):
