@@ -6,7 +6,6 @@ embeddings, labels that differ, entities that differ; and with itself, each text
 results/int8.json.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -20,14 +19,14 @@ import torch
 from transformers import pipeline
 
 from annotator_multitask import ONNX_FILES, Record, pad_windows
-from benchmarks.run import make_parser, positive, run_rounds, write_result
-from common.data import load_split
+from benchmarks.run import make_parser, run_rounds, write_result
+from evaluation.embedding import distinct_texts
 from release.onnx import onnx_run, quantize
 
-TEXTS = {
-    "vader_sentiment": "text", "emobank_sentiment": "text", "newsmtsc": "text", "goemotions": "text", "wiki_toxicity": "text",
-    "uner_ewt": "tokens", "crossner": "tokens", "redocred": "tokens", "wnut17": "tokens", "tweet_sentiment": "text",
-}  # fmt: skip
+TEXTS = (
+    "vader_sentiment", "emobank_sentiment", "newsmtsc", "goemotions", "wiki_toxicity",
+    "uner_ewt", "crossner", "redocred", "wnut17", "tweet_sentiment",
+)  # fmt: skip
 CALIBRATION_TEXTS = 64
 FLOAT, BFLOAT16 = "float32", "PyTorch in bfloat16"
 SETTINGS = {"per_channel": True, "reduce_range": True}  # of ONNX Runtime's quantization of weights
@@ -37,10 +36,9 @@ Feeds = list[dict[str, np.ndarray]]
 def read_texts(data: Path, count: int) -> list[str]:
     """Returns so many texts of test splits, of each data set as many."""
     texts = []
-    for name, column in TEXTS.items():
-        rows = load_split(str(data / name), "test", [column])[column]
-        chosen = np.random.default_rng(0).permutation(len(rows))[: -(-count // len(TEXTS))]
-        texts += [rows[i] if isinstance(rows[i], str) else " ".join(rows[i]) for i in chosen.tolist()]
+    for name in TEXTS:
+        rows = np.random.default_rng(0).permutation(np.array(distinct_texts(data / name, "test"), dtype=object))
+        texts += rows[: -(-count // len(TEXTS))].tolist()
     return texts[:count]
 
 
@@ -133,7 +131,7 @@ def differences(expected: list[Record], found: list[Record]) -> dict[str, Any]:
     }
 
 
-def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
+def measure(model: str, texts: list[str], rounds: int) -> dict[str, Any]:
     """Returns each way's time as a share of float32's, and how its answers differ."""
     options = {"model": model, "trust_remote_code": True, "device": "cpu"}
     annotator, half = (pipeline("multitask", dtype=dtype, **options).annotator for dtype in ("float32", "bfloat16"))
@@ -153,7 +151,7 @@ def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None
             annotator.forward = graphs[name]
             found[batch_tokens][name] = list(annotator.stream(texts, batch_tokens=batch_tokens))
 
-        seconds = run_rounds({name: partial(run, name) for name in graphs}, rounds, log)
+        seconds = run_rounds({name: partial(run, name) for name in graphs}, rounds)
         for name in graphs:
             run(name, 1)
     together, alone = found.values()
@@ -168,12 +166,10 @@ def measure(model: str, texts: list[str], rounds: int, log: Callable[[str], None
 
 
 def main() -> None:
-    parser = make_parser(__doc__, 500, "results/int8.json")
-    parser.add_argument("--rounds", type=positive, default=5)
-    args: argparse.Namespace = parser.parse_args()
+    args = make_parser(__doc__, 500, "results/int8.json").parse_args()
     torch.set_num_threads(args.threads)
     texts = read_texts(args.data, args.texts)
-    found = measure(args.model, texts, args.rounds, print)
+    found = measure(args.model, texts, args.rounds)
     command = f"python -m benchmarks.int8 --data DIR --texts {args.texts} --rounds {args.rounds} --threads {args.threads}"
     print(json.dumps(found, indent=2))
     write_result(args.output, {"command": command, "texts": len(texts), "ways": found})

@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from seqeval.metrics.sequence_labeling import get_entities
+from sklearn.preprocessing import normalize
 
 from common.data import class_names, load_split, token_spans
 from common.files import ROOT, environment_info, write_json
@@ -26,9 +26,7 @@ from pipeline_multitask import MultiTaskPipeline
 from release.card import fill
 from release.tables import markdown
 from training.add_task import Rows, load, measure_task, read_file
-from weights_multitask import sha256
 
-CACHE = ROOT / "runs/own_task"  # of what the model reads
 TUNED = (1, 10, 100, 1000)  # values of C
 PAGE = ROOT / "docs/own-tasks.md"
 TITLES = {
@@ -37,39 +35,19 @@ TITLES = {
     "setfit": "SetFit",
 }  # fmt: skip
 Cell = dict[str, float | str]
+# Rows of a data set: their texts, labels, "features" (float32 [N, 2H], what a head that reads "both" reads), and "vectors"
+# (float32 [N, E], the sentence vectors).
+Part = dict[str, np.ndarray]
 
 
-@dataclass
-class Part:
-    """Rows of a data set.
-
-    Attributes:
-        texts: The texts.
-        labels: str [N], their labels.
-        features: float32 [N, 2H], what a head that reads "both" reads.
-        vectors: float32 [N, E], the sentence vectors.
-    """
-
-    texts: np.ndarray
-    labels: np.ndarray
-    features: np.ndarray
-    vectors: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "Part":
-        return Part(self.texts[rows], self.labels[rows], self.features[rows], self.vectors[rows])
-
-
-def read_part(pipe: MultiTaskPipeline, cache: Path, folder: Path, split: str) -> Part:
-    """Returns a split without texts that are out of scope; what the model reads is kept in the cache for the next run."""
+def read_part(pipe: MultiTaskPipeline, folder: Path, split: str) -> Part:
+    """Returns a split without texts that are out of scope."""
     texts, labels = (np.array(x) for x in read_file(folder / f"{split}.parquet", "text", "label"))
     texts, labels = texts[labels != "oos"], labels[labels != "oos"]
-    width, file = pipe.model.config.hidden_size, cache / f"{folder.name}_{split}.npy"
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        np.save(file, read_pooled(pipe.annotator, "probe", texts.tolist(), True, 2 * width))
-    features = np.load(file)
+    width = pipe.model.config.hidden_size
+    features = read_pooled(pipe.annotator, "probe", texts.tolist(), True, 2 * width)
     vectors = features[:, width:] @ pipe.model.linear.weight.detach().numpy().T  # as SentenceTransformer gives them
-    return Part(texts, labels, features, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    return {"texts": texts, "labels": labels, "features": features, "vectors": normalize(vectors)}
 
 
 def probe(model: str) -> MultiTaskPipeline:
@@ -84,10 +62,11 @@ def probe(model: str) -> MultiTaskPipeline:
 
 def draw(train: Part, test: Part, per_label: int | None, labels: int | None, seed: int) -> tuple[Part, Part]:
     """Returns the given number of training rows per label, sampled with the seed, and the test rows of the same labels."""
-    rng, names = np.random.default_rng(seed), np.unique(train.labels)
+    rng, names = np.random.default_rng(seed), np.unique(train["labels"])
     kept = names if labels is None else rng.permutation(names)[:labels]
-    rows = np.concatenate([rng.permutation(np.flatnonzero(train.labels == x))[:per_label] for x in kept])
-    return train.take(rows), test.take(np.flatnonzero(np.isin(test.labels, kept)))
+    rows = np.concatenate([rng.permutation(np.flatnonzero(train["labels"] == x))[:per_label] for x in kept])
+    same_labels = np.isin(test["labels"], kept)
+    return {name: x[rows] for name, x in train.items()}, {name: x[same_labels] for name, x in test.items()}
 
 
 # Methods
@@ -95,14 +74,14 @@ def draw(train: Part, test: Part, per_label: int | None, labels: int | None, see
 
 def add_task(train: Part, test: Part, seed: int, encoder_alone: bool = False) -> Cell:
     """Returns the test accuracy of what `add_task` fits to these features, or the encoder's half of them, and its seconds."""
-    first = train.features.shape[1] // 2 if encoder_alone else 0
-    examples = read_examples("own", train.texts.tolist(), train.labels.tolist(), None)
-    distinct = train.features[np.unique(examples.rows, return_index=True)[1], first:]
+    first = train["features"].shape[1] // 2 if encoder_alone else 0
+    examples = read_examples("own", train["texts"].tolist(), train["labels"].tolist(), None)
+    distinct = train["features"][np.unique(examples.rows, return_index=True)[1], first:]
     start = time.perf_counter()
     weights, _, report = learn_texts(examples, distinct, seed)
     seconds = time.perf_counter() - start
-    logits = test.features[:, first:] @ weights["weight"].numpy().T + weights["bias"].numpy()
-    accuracy = float((np.array(examples.labels)[logits.argmax(axis=1)] == test.labels).mean())
+    logits = test["features"][:, first:] @ weights["weight"].numpy().T + weights["bias"].numpy()
+    accuracy = float((np.array(examples.labels)[logits.argmax(axis=1)] == test["labels"]).mean())
     return {"accuracy": accuracy, "held_out": report["score"], "seconds": seconds, "strength": report["regularization"]}
 
 
@@ -113,11 +92,11 @@ def logistic_regression(train: Part, test: Part, seed: int, values: tuple[float,
 
     start = time.perf_counter()
     model = LogisticRegression(max_iter=1000)
-    parts = min(3, np.unique(train.labels, return_counts=True)[1].min())  # no more than a label has rows
+    parts = min(3, np.unique(train["labels"], return_counts=True)[1].min())  # no more than a label has rows
     fitted = GridSearchCV(model, {"C": values}, cv=parts) if len(values) > 1 else model
-    fitted.fit(train.vectors, train.labels)
+    fitted.fit(train["vectors"], train["labels"])
     seconds = time.perf_counter() - start
-    return {"accuracy": float(fitted.score(test.vectors, test.labels)), "seconds": seconds}
+    return {"accuracy": float(fitted.score(test["vectors"], test["labels"])), "seconds": seconds}
 
 
 def setfit(model: str, train: Part, test: Part, seed: int) -> Cell:
@@ -129,10 +108,11 @@ def setfit(model: str, train: Part, test: Part, seed: int) -> Cell:
     del known.model_body[2]  # the projection
     start = time.perf_counter()
     arguments = TrainingArguments("runs/setfit", num_epochs=1, seed=seed, report_to="none", save_strategy="no")
-    rows = Dataset.from_dict({"text": train.texts.tolist(), "label": train.labels.tolist()})
+    rows = Dataset.from_dict({"text": train["texts"].tolist(), "label": train["labels"].tolist()})
     Trainer(known, arguments, train_dataset=rows).train()
     seconds = time.perf_counter() - start
-    return {"accuracy": float((np.array(known.predict(test.texts.tolist())) == test.labels).mean()), "seconds": seconds}
+    right = np.array(known.predict(test["texts"].tolist())) == test["labels"]
+    return {"accuracy": float(right.mean()), "seconds": seconds}
 
 
 def whole(model: str, train: Rows, test: Rows, seed: int, field: str = "accuracy") -> Cell:
@@ -165,10 +145,8 @@ SIZES = {2: 5, 5: 5, 10: 5, 20: 3, 50: 1, None: 1}
 
 def jobs(model: str, data: Path) -> Iterator[tuple[str, Callable[[], Cell]]]:
     """Yields each cell's name and what measures it, the quick ones first."""
-    pipe, cache = probe(model), CACHE / sha256(Path(model) / "heads/model.safetensors")[:12]
-    parts = {
-        name: [read_part(pipe, cache, data / name, split) for split in ("train", "test")] for name in ("clinc150", "hwu64")
-    }
+    pipe = probe(model)
+    parts = {name: [read_part(pipe, data / name, split) for split in ("train", "test")] for name in ("clinc150", "hwu64")}
     for (size, seeds), (name, both) in product(SIZES.items(), parts.items()):
         for seed in range(seeds):
             drawn = draw(*both, size, None, seed)
@@ -177,7 +155,7 @@ def jobs(model: str, data: Path) -> Iterator[tuple[str, Callable[[], Cell]]]:
     for seed, (name, both) in product(range(5), parts.items()):
         for size, labels in ((8, 10), (80, 5)):
             setting, drawn = f"{name} / {size} per label, {labels} labels", draw(*both, size, labels, seed)
-            rows = [(part.texts.tolist(), part.labels.tolist()) for part in drawn]
+            rows = [(part["texts"].tolist(), part["labels"].tolist()) for part in drawn]
             yield f"{setting} / add_task / seed {seed}", partial(whole, model, *rows, seed)
             if seed == 0 and size == 8:
                 yield f"{setting} / setfit / seed {seed}", partial(setfit, model, *drawn, seed)

@@ -9,7 +9,6 @@ Results go to results/benchmarks.json. Run it on a quiet machine, with `python -
 import argparse
 import copy
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
 from transformers import pipeline
 
 from annotator_multitask import BACKENDS, CPU_BATCH_TOKENS, ONNX_FILES, ONNX_PARTS, length_batches, onnx_part, pad_windows
@@ -119,16 +119,15 @@ def pass_jobs(pipe: Any, texts: list[str]) -> dict[str, Job]:
     return {"the bare encoder": partial(run, encode), **{name: partial(run, model, **x) for name, x in calls.items()}}
 
 
-def run_rounds(jobs: dict[str, Job], rounds: int, log: Callable[[str], None]) -> dict[str, list[float]]:
+def run_rounds(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of every job in every round; round r starts with the r-th job."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     names = list(jobs)
-    for turn in range(rounds):
+    for turn in tqdm(range(rounds), desc="rounds"):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
             jobs[name]()
             seconds[name].append(time.perf_counter() - start)
-            log(f"round {turn + 1} of {rounds}: {name} {seconds[name][-1]:.3f} s")
     return seconds
 
 
@@ -143,37 +142,22 @@ def compare(ratios: dict[str, tuple[str, str]], seconds: dict[str, list[float]])
     return rows
 
 
-def milliseconds(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Returns the median and the 95th percentile of each job's times."""
-    found = {name: np.quantile(1000 * np.array(values), [0.5, 0.95]).tolist() for name, values in seconds.items()}
-    return {name: {"median": middle, "p95": high} for name, (middle, high) in found.items()}
+def shares(pipe: Any, texts: list[str]) -> dict[str, float]:
+    """Returns which share of the pipeline's processor time goes to the model's forward passes; the rest is around them."""
+    annotator, times = copy.copy(pipe.annotator), []
+    # ONNX Runtime computes batches side by side, each in a thread; PyTorch has the process for itself.
+    clock = time.process_time if annotator.backend == "torch" else time.thread_time
 
-
-def timed(call: Callable[..., Any], clock: Callable[[], float], times: list[float]) -> Callable[..., Any]:
-    """Returns a function that does the same, and adds to `times` how long each call took."""
-
-    def measured(*given: Any) -> Any:
+    def forward(*given: Any) -> Any:
         start = clock()
-        result = call(*given)
+        result = pipe.annotator.forward(*given)
         times.append(clock() - start)
         return result
 
-    return measured
-
-
-def shares(pipe: Any, texts: list[str]) -> dict[str, float]:
-    """Returns which share of the pipeline's processor time goes to each of its steps, and to all around them."""
-    annotator = copy.copy(pipe.annotator)
-    steps: dict[str, list[float]] = {"windows": [], "forward": [], "records": []}
-    for name, times in steps.items():
-        # ONNX Runtime computes batches side by side, each in a thread; whatever else runs has the process for itself.
-        clock = time.thread_time if name == "forward" and annotator.backend != "torch" else time.process_time
-        setattr(annotator, name, timed(getattr(annotator, name), clock, times))
+    annotator.forward = forward
     start = time.process_time()
     list(annotator.stream(texts))
-    whole = time.process_time() - start
-    found = dict(zip(("tokenization", "forward", "decoding"), (sum(x) / whole for x in steps.values()), strict=True))
-    return found | {"other": 1 - sum(found.values())}
+    return {"forward": sum(times) / (time.process_time() - start)}
 
 
 def file_bytes(model: Path, backend: str) -> int:
@@ -204,6 +188,7 @@ def make_parser(description: str | None, texts: int, output: str) -> argparse.Ar
     parser.add_argument("--model", default=str(ROOT), help="folder of a release; default: this repository")
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets conll2003 and tweet_sentiment")
     parser.add_argument("--texts", type=positive, default=texts)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of torch and ONNX Runtime")
     parser.add_argument("--output", type=Path, default=ROOT / output)
     return parser
@@ -218,19 +203,17 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__, 1000, "results/benchmarks.json")
-    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--short", type=positive, default=100, help="rounds of one short text")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    log = partial(print, file=sys.stderr)
     texts, pipes = read_texts(args.data, args.texts), load_pipes(args.model)
     encoder = SentenceTransformer(args.model, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         rivals = load_rivals(Path(args.model), Path(folder), args.threads)
-        run_rounds(all_jobs(pipes, encoder, rivals, texts[:64]), 1, lambda line: None)  # warm-up
-        seconds = run_rounds(all_jobs(pipes, encoder, rivals, texts), args.rounds, log)
-        short = run_rounds(all_jobs(pipes, encoder, rivals, [SHORT_TEXT]), args.short, lambda line: None)
-    passes = run_rounds(pass_jobs(pipes["torch"], texts), args.rounds, lambda line: None)
+        run_rounds(all_jobs(pipes, encoder, rivals, texts[:64]), 1)  # warm-up
+        seconds = run_rounds(all_jobs(pipes, encoder, rivals, texts), args.rounds)
+        short = run_rounds(all_jobs(pipes, encoder, rivals, [SHORT_TEXT]), args.short)
+    passes = run_rounds(pass_jobs(pipes["torch"], texts), args.rounds)
     rows = [*compare(RATIOS, seconds), *compare(LATENCIES, short), *compare(PASSES, passes)]
     for row in rows:
         print(f"{row['ratio']:<68} {row['median']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})")
@@ -239,10 +222,12 @@ def main() -> None:
         "command": f"python -m benchmarks.run --data DIR {options}",
         "texts": len(texts),
         "tokens": sum(len(window.input_ids) for window in pipes["torch"].annotator.windows(texts, [])),
-        "characters": sum(map(len, texts)),
         "ratios": rows,
         "texts_per_second": {name: len(texts) / statistics.median(values) for name, values in seconds.items()},
-        "one_short_text_milliseconds": milliseconds(short),
+        "one_short_text_milliseconds": {
+            name: dict(zip(("median", "p95"), np.quantile(1000 * np.array(times), [0.5, 0.95]).tolist(), strict=True))
+            for name, times in short.items()
+        },
         "shares": {backend: shares(pipe, texts) for backend, pipe in pipes.items()},
         "file_bytes": {backend: file_bytes(Path(args.model), backend) for backend in pipes},
         "seconds": seconds,

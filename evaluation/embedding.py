@@ -16,9 +16,12 @@ import pyarrow.parquet
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import ndcg_score
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.preprocessing import normalize
 
 from common.files import environment_info, write_json
-from evaluation.metrics import cosines, ndcg, neighbours_shared, rank_correlations, ranked_documents, recall_at, unit
+from evaluation.metrics import cosines, neighbours_shared, rank_correlations
 
 NEIGHBOURS = 10
 NEIGHBOUR_SET = "wnut17"
@@ -113,8 +116,10 @@ def retrieval_measure(encode: Encode, folder: Path) -> Measure:
     asked, stored = encode(queries["text"]), encode(corpus["text"])
 
     def measure(view: View) -> dict[str, float]:
-        ranking = ranked_documents(view(asked), view(stored), 100)
-        return {"ndcg@10": float(ndcg(ranking, gains).mean()), "recall@100": float(recall_at(ranking, gains).mean())}
+        similarity = cosine_similarity(view(asked), view(stored))  # [Q, N]
+        first = np.argsort(-similarity, axis=1)[:, :100]
+        recall = np.take_along_axis(gains > 0, first, axis=1).sum(axis=1) / (gains > 0).sum(axis=1)
+        return {"ndcg@10": float(ndcg_score(gains, similarity, k=10)), "recall@100": float(recall.mean())}
 
     return measure
 
@@ -130,8 +135,8 @@ def probe_measure(encode: Encode, folder: Path) -> Measure:
         return np.concatenate([order[labels[order] == label][:PROBE_ROWS] for label in np.unique(labels)])
 
     def accuracy(view: View, rows: np.ndarray) -> float:
-        probe = LogisticRegression(C=PROBE_C, max_iter=1000).fit(unit(view(known[rows])), labels[rows])
-        return float((probe.predict(unit(view(unknown))) == truth).mean())
+        probe = LogisticRegression(C=PROBE_C, max_iter=1000).fit(normalize(view(known[rows])), labels[rows])
+        return float((probe.predict(normalize(view(unknown))) == truth).mean())
 
     return lambda view: {"accuracy": float(np.mean([accuracy(view, draw(seed)) for seed in range(PROBE_DRAWS)]))}
 

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,11 @@ NEIGHBOURS = 10
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES
 LESS_IS_BETTER = ("mean_absolute_error", "calibration_error")
 
-Measures = tuple[dict[str, float], Intervals]
-
 
 def measure(
     pipe: Any,
     recipe: Recipe,
     split: str,
-    reference: str | None = None,
     intervals: bool = False,
     limit: int | None = None,
     form: str | None = None,
@@ -85,7 +82,6 @@ def measure(
         pipe: A `MultiTaskPipeline`.
         recipe: Names the tasks and their data sets.
         split: "train", "validation" or "test".
-        reference: The starting encoder (folder or Hub id); adds to the tasks of pairs how far the model is from it.
         intervals: Whether to compute the 95 % bootstrap interval of every metric; if not, `intervals` is empty.
         limit: Maximum number of rows of each split, from its start.
         form: How the texts are rewritten first, see `REWRITES`; None: as they are.
@@ -107,7 +103,7 @@ def measure(
             kept = {} if predictions.spec.problem_type == REGRESSION else coverage(*predictions.answers()[:2])
             extra = {"coverage": kept, "domains": by_domain(predictions, data)}
         else:
-            extra, statistics = {}, pair_statistics(pipe, task, data, recipe.model.matryoshka_dims, reference)
+            extra, statistics = {}, [pair_correlations(pipe, task, data, recipe.model.matryoshka_dims)]
         metrics, ranges = measured(statistics, intervals)
         facts = {"split": split, "rows": len(data), "sha256": hash_columns(data, task.columns)}
         results[key] = {"metrics": metrics, "intervals": ranges, **extra, **facts}
@@ -275,7 +271,7 @@ def answers(pipe: Any, name: str, texts: list[str]) -> Iterator[tuple[Record, li
                 yield record, [], mean_over_windows(group, [window.logits[name] for window in group])
 
 
-def measured(statistics: list[Statistic], intervals: bool) -> Measures:
+def measured(statistics: list[Statistic], intervals: bool) -> tuple[dict[str, float], Intervals]:
     """Returns all metrics, and their intervals if asked for."""
     metrics = {name: value for x in statistics for name, value in x.metrics().items()}
     return metrics, {name: ends for x in statistics for name, ends in x.intervals().items()} if intervals else {}
@@ -330,7 +326,9 @@ def by_domain(predictions: Predictions, data: Dataset) -> dict[str, dict[str, fl
 # What the embedding says
 
 
-def embed(pipe: Any, texts: list[str], matryoshka_dims: list[int], reference: str | None) -> dict[str, np.ndarray]:
+def embed(
+    pipe: Any, texts: list[str], matryoshka_dims: Sequence[int] = (), reference: str | None = None
+) -> dict[str, np.ndarray]:
     """Returns the texts' vectors, float [N, E], by the suffix of their metrics' names.
 
     "" is the sentence embedding, "_raw" the encoder's own pooled vector, "_<n>" the embedding's first n dimensions and
@@ -349,45 +347,34 @@ def embed(pipe: Any, texts: list[str], matryoshka_dims: list[int], reference: st
     return views
 
 
-def pair_statistics(
-    pipe: Any, task: TaskRecipe, data: Dataset, matryoshka_dims: list[int], reference: str | None
-) -> list[Statistic]:
-    """Returns Spearman's correlation of pairs' scores with each of the vectors of `embed`, and with `reference` also `drift`."""
-    texts = [text for column in task.text_columns for text in data[column]]
-    views = embed(pipe, texts, matryoshka_dims, reference)
+def pair_correlations(pipe: Any, task: TaskRecipe, data: Dataset, matryoshka_dims: list[int]) -> Statistic:
+    """Returns Spearman's correlation of pairs' scores with each of the vectors of `embed`."""
+    views = embed(pipe, [text for column in task.text_columns for text in data[column]], matryoshka_dims)
     values = {f"spearman{suffix}": cosines(*np.split(view, 2)) for suffix, view in views.items()}
-    return [rank_correlations(values, list(data[task.label_column])), *([drift(texts, views)] if reference else [])]
-
-
-def drift(texts: list[str], views: dict[str, np.ndarray]) -> Statistic:
-    """Returns how near the embedding still is to the reference encoder's, from the vectors of `embed`.
-
-    `cosine_raw` is the mean cosine similarity of the two encoders' pooled vectors; `neighbours_at_10` the share of each
-    text's ten nearest neighbours under the reference that are so under the sentence embedding, and
-    `neighbours_at_10_raw` under the encoder's own pooled vector. A text that occurs twice counts once.
-
-    Raises:
-        ValueError: There are too few texts.
-    """
-    distinct = sorted({text: row for row, text in enumerate(texts)}.values())
-    before, now, embeddings = (views[suffix][distinct] for suffix in ("_reference", "_raw", ""))
-    values = {
-        "cosine_raw": cosines(before, now),
-        f"neighbours_at_{NEIGHBOURS}": neighbours_shared(before, embeddings, NEIGHBOURS),
-        f"neighbours_at_{NEIGHBOURS}_raw": neighbours_shared(before, now, NEIGHBOURS),
-    }
-    return of_means(values)
+    return rank_correlations(values, list(data[task.label_column]))
 
 
 def measure_drift(pipe: Any, dataset: str, split: str, column: str, reference: str, intervals: bool) -> dict[str, Any]:
-    """Returns the `drift` on the texts of one column of a data set (lists of tokens are joined), and on what it was measured.
+    """Returns how near the embedding is to the encoder `reference` on one column of a data set, and on what it was measured.
+
+    `cosine_raw` is the mean cosine similarity of the two encoders' pooled vectors; `neighbours_at_10` the share of each
+    text's ten nearest neighbours under the reference that are so under the sentence embedding, and
+    `neighbours_at_10_raw` under the encoder's own pooled vector. Lists of tokens are joined; a text that occurs twice
+    counts once.
 
     Raises:
         ValueError: The data set has no such split or column, or too few texts.
     """
     data = load_split(dataset, split, [column])
-    texts = [" ".join(text) if isinstance(text, list) else text for text in data[column]]
-    metrics, ranges = measured([drift(texts, embed(pipe, texts, [], reference))], intervals)
+    texts = dict.fromkeys(" ".join(text) if isinstance(text, list) else text for text in data[column])
+    views = embed(pipe, list(texts), reference=reference)
+    before, now, embeddings = (views[suffix] for suffix in ("_reference", "_raw", ""))
+    values = {
+        "cosine_raw": cosines(before, now),
+        f"neighbours_at_{NEIGHBOURS}": neighbours_shared(before, embeddings, NEIGHBOURS),
+        f"neighbours_at_{NEIGHBOURS}_raw": neighbours_shared(before, now, NEIGHBOURS),
+    }
+    metrics, ranges = measured([of_means(values)], intervals)
     facts = {"dataset": public_name(dataset), "split": split, "rows": len(data), "sha256": hash_columns(data, [column])}
     return {**facts, "metrics": metrics, "intervals": ranges}
 
@@ -420,7 +407,6 @@ def command(args: argparse.Namespace) -> str:
         "only": args.only and " ".join(args.only),
         "split": args.split,
         "rewrite": args.rewrite,
-        "reference": args.reference and "ENCODER",
     }
     if recipe == DEFAULT_RECIPE:
         del options["recipe"]
@@ -436,14 +422,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with local copies of the data sets")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--rewrite", choices=REWRITES, help="rewrite the texts first, for instance in lower case")
-    parser.add_argument("--reference", help="the starting encoder, to measure how far the embedding has moved from it")
     parser.add_argument("--output", type=Path, help="where to write the results, for instance results/release.json")
     args = parser.parse_args()
     try:
         recipe, public = (Recipe.read(args.recipe, data, only=args.only or ()) for data in (args.data, None))
         check_splits(recipe, args.split)
         pipe = pipeline("multitask", model=args.model, trust_remote_code=True)
-        tasks = measure(pipe, recipe, args.split, args.reference, intervals=True, form=args.rewrite)
+        tasks = measure(pipe, recipe, args.split, intervals=True, form=args.rewrite)
     except (RecipeError, DataError) as error:
         sys.exit(str(error))
     result = {

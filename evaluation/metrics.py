@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 from seqeval.scheme import IOB2, Entities
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 
 Scores = dict[str, np.ndarray]
 Intervals = dict[str, list[float]]
@@ -254,8 +256,7 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, rows: np.ndarray) -
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Returns the cosine similarity of each row of `first` and of `second`, float [N] for inputs float [N, E]."""
-    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return (first * second).sum(axis=1) / norms.clip(min=1e-12)
+    return (normalize(first) * normalize(second)).sum(axis=1)
 
 
 def rank_correlations(values: Scores, scores: Sequence[float]) -> Statistic:
@@ -285,51 +286,9 @@ def neighbours_shared(before: np.ndarray, after: np.ndarray, count: int) -> np.n
     """
     if len(before) <= count:
         raise ValueError(f"{len(before)} distinct texts are too few to compare {count} neighbours; give more rows.")
-    nearest = [_nearest(vectors, count) for vectors in (before, after)]
+    finders = [NearestNeighbors(n_neighbors=count, metric="cosine").fit(vectors) for vectors in (before, after)]
+    nearest = [finder.kneighbors(return_distance=False) for finder in finders]  # of each text among the others
     return np.array([len(set(a) & set(b)) / count for a, b in zip(*nearest, strict=True)])
-
-
-def ranked_documents(queries: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
-    """Returns the indices of each query's `count` nearest documents by cosine similarity, best first, int [Q, count].
-
-    Args:
-        queries: float [Q, E].
-        documents: float [N, E]; if N is less than `count`, all are ranked.
-        count: At least 1.
-    """
-    similarity = unit(queries) @ unit(documents).T  # [Q, N]
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :count]
-
-
-def ndcg(ranking: np.ndarray, gains: np.ndarray, count: int = 10) -> np.ndarray:
-    """Returns each query's normalized discounted cumulative gain at `count`, float [Q] in [0, 1] (Järvelin and Kekäläinen 2002).
-
-    Args:
-        ranking: int [Q, at least `count` or all documents], from `ranked_documents`.
-        gains: float [Q, N], how relevant each document is, 0: not at all. A query without relevant ones scores 0.
-        count: How many ranks count.
-    """
-    found = np.take_along_axis(gains, ranking[:, :count], axis=1)
-    ideal = -np.sort(-gains, axis=1)[:, :count]
-    discounts = 1 / np.log2(np.arange(2, found.shape[1] + 2))
-    return _ratio(found @ discounts, ideal @ discounts)
-
-
-def recall_at(ranking: np.ndarray, gains: np.ndarray, count: int = 100) -> np.ndarray:
-    """Returns the share of each query's relevant documents among its first `count`, float [Q] in [0, 1]; see `ndcg`."""
-    relevant = gains > 0
-    return _ratio(np.take_along_axis(relevant, ranking[:, :count], axis=1).sum(axis=1), relevant.sum(axis=1))
-
-
-def _nearest(vectors: np.ndarray, count: int) -> np.ndarray:
-    similarity = unit(vectors) @ unit(vectors).T  # [N, N]
-    np.fill_diagonal(similarity, -np.inf)
-    return np.argpartition(-similarity, count, axis=1)[:, :count]
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Returns vectors, float [N, E], at unit length; a zero vector stays zero."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
 # Sums

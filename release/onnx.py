@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -47,7 +47,6 @@ from modeling_multitask import MultiTaskModel, WeightsError
 from pipeline_multitask import make_annotator
 from release.export import EXPORTS
 from release.golden import SENTENCES
-from tasks_multitask import TaskSpec
 from weights_multitask import sha256
 
 if TYPE_CHECKING:  # training and evaluation need more packages than the export
@@ -61,7 +60,6 @@ NARROWEST = 32  # matrices with fewer rows or columns, such as those of the labe
 ONNX_FLOAT, ONNX_UINT8 = 1, 2  # `onnx.TensorProto` types
 OPSET = 20  # the first in which Gelu is one operator, which is faster than its parts
 TOLERANCE = 1e-4
-VERIFIED_ROWS = 50  # of each column of texts of a data set
 
 
 class ExportError(Exception):
@@ -251,10 +249,10 @@ def onnx_run(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
     return partial(onnxruntime.InferenceSession(path, options, providers, disabled_optimizers=SLOW_FUSIONS).run, None)
 
 
-def make_feeds(annotator: Annotator, graph: Graph, texts: Iterable[str]) -> list[dict[str, np.ndarray]]:
+def make_feeds(annotator: Annotator, graph: Graph, texts: list[str]) -> list[dict[str, np.ndarray]]:
     """Returns a graph's inputs for texts, int64 [B, T] each, in the pipeline's batches."""
     names = graph.required + graph.optional
-    batches = length_batches(annotator.windows(list(texts), list(annotator.model.heads)), CPU_BATCH_TOKENS)
+    batches = length_batches(annotator.windows(texts, list(annotator.model.heads)), CPU_BATCH_TOKENS)
     inputs = (pad_windows(windows, annotator.pad_token_id) for windows in batches)
     return [{name: value for name, value in batch.items() if name in names} for batch in inputs]
 
@@ -268,15 +266,8 @@ def collect(names: list[str], run: Callable, feeds: list[dict[str, np.ndarray]])
     return {name: np.concatenate(values) for name, values in found.items()}
 
 
-def same_labels(spec: TaskSpec, expected: np.ndarray, found: np.ndarray) -> float:
-    """Returns the share of items that two sources' logits, [N, C] each, give the same label, or labels."""
-    if spec.problem_type == "multi_label_classification":
-        return float(((expected > 0) == (found > 0)).all(axis=1).mean())
-    return float((expected.argmax(axis=1) == found.argmax(axis=1)).mean())
-
-
-def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> dict[str, Any]:
-    """Writes `ONNX_FILES` to the folder `output`, and returns how near they are to PyTorch on some texts.
+def export(repo: str | Path, output: Path) -> dict[str, Any]:
+    """Writes `ONNX_FILES` to the folder `output`, and returns how near they are to PyTorch on `SENTENCES`.
 
     Raises:
         ExportError: The float32 graph gives other numbers; no file is left.
@@ -284,7 +275,7 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
     """
     model, tokenizer = MultiTaskModel.from_pretrained(repo), AutoTokenizer.from_pretrained(repo)
     graph = Graph(model)
-    feeds = make_feeds(make_annotator(model, tokenizer, torch.device("cpu")), graph, texts)
+    feeds = make_feeds(make_annotator(model, tokenizer, torch.device("cpu")), graph, SENTENCES)
     expected = collect(graph.outputs, graph.run, feeds)
     exact, quantized = (output / file for file in ONNX_FILES.values())
     for file in EXPORTS:  # rather none than those of earlier weights
@@ -304,23 +295,10 @@ def export(repo: str | Path, output: Path, texts: Iterable[str] = SENTENCES) -> 
         for file, (part, outputs) in product((exact, quantized), zip(ONNX_PARTS, graph.part_outputs, strict=True)):
             write_part(file, part, outputs)
     found = collect(graph.outputs, onnx_run(quantized), feeds)
-    specs = {f"logits.{name}": spec for name, spec in model.config.task_specs.items() if spec.problem_type != "regression"}
     return {
         "max_difference": max(differences.values()),
         "int8_cosine": float((expected["sentence_embedding"] * found["sentence_embedding"]).sum(axis=1).mean()),
-        "int8_same_labels": {name: same_labels(spec, expected[name], found[name]) for name, spec in specs.items()},
     }
-
-
-def validation_texts(recipe: "Recipe") -> list[str]:
-    """Returns the first texts of each column of texts of the recipe's validation splits."""
-    from common.data import has_split, load_task_split
-
-    texts = []
-    for task in (x for x in recipe.parts.values() if has_split(x, "validation")):
-        rows = load_task_split(task, "validation")[:VERIFIED_ROWS]
-        texts += [" ".join(x) if isinstance(x, list) else x for column in task.text_columns for x in rows[column]]
-    return texts
 
 
 def measure_backends(repo: Path, recipe: "Recipe", limit: int | None = None) -> dict[str, Any]:
@@ -360,17 +338,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     logging.disable(logging.WARNING)  # of what is not needed: torchvision, optimizations that the exporter has made itself
-    output, texts = args.output or Path(args.repo), list(SENTENCES)
+    output = args.output or Path(args.repo)
     try:
+        result = export(args.repo, output)
+        result["bytes"] = {file: (output / file).stat().st_size for file in ONNX_FILES.values()}
         if args.data:
             from common.recipe import Recipe
 
-            recipe = Recipe.read(RECIPE, args.data)
-            texts += validation_texts(recipe)
-        result = {"texts": len(texts), **export(args.repo, output, texts)}
-        result["bytes"] = {file: (output / file).stat().st_size for file in ONNX_FILES.values()}
-        if args.data:
-            result["tasks"] = measure_backends(output, recipe)
+            result["tasks"] = measure_backends(output, Recipe.read(RECIPE, args.data))
     except (ExportError, WeightsError, OSError, ValueError) as error:
         sys.exit(str(error))
     print(json.dumps(result, indent=2))

@@ -175,9 +175,7 @@ def depths_table(folder: Path) -> str:
 
 def embedding_table(folder: Path, metrics: int | None = None) -> str:
     """Returns what the embedding reaches at each of its dimensions, with at most `metrics` metrics per test set."""
-    # The second has more sets, and wins.
-    sets = read_some("projection", folder).get("test", {}) | read_some("embedding", folder).get("test", {})
-    order, rows = list(SET_NAMES), []
+    sets, order, rows = read("embedding", folder)["test"], list(SET_NAMES), []
     for name in sorted(sets, key=lambda x: order.index(x) if x in order else len(order)):
         for metric in list(sets[name][DIMENSIONS[0]])[:metrics]:
             title = f"{SET_NAMES.get(name, name)}, {METRIC_NAMES.get(metric, metric)}"
@@ -248,11 +246,7 @@ def megabytes(path: Path) -> float:
 
 def files_table(folder: Path) -> str:
     """Returns the model's files with their sizes."""
-    rows = [
-        [f"`{name}`", holds, f"{megabytes(folder / name):.1f} MB"]
-        for name, holds in FILES.items()
-        if (folder / name).is_file()
-    ]
+    rows = [[f"`{name}`", holds, f"{megabytes(folder / name):.1f} MB"] for name, holds in FILES.items()]
     return markdown(["file", "holds", "size"], rows)
 
 

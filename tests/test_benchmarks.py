@@ -41,7 +41,7 @@ def test_a_small_run_prints_and_writes_what_it_finds(run_main, monkeypatch, caps
     short = found["one_short_text_milliseconds"]
     assert all(0 < x["median"] <= x["p95"] for x in short.values())
     assert {"everything, torch", "embedding alone, torch", run.ENCODE, rivals.SPACY} <= short.keys()
-    assert all(0 < share < 1 for share in found["shares"]["torch"].values()) and found["shares"]["torch"]["forward"] > 0.1
+    assert 0.1 < found["shares"]["torch"]["forward"] < 1
     assert found["file_bytes"]["torch"] > 10_000
 
 
@@ -75,7 +75,7 @@ def test_a_longer_file_takes_about_the_same_memory(tmp_path, monkeypatch):
 def test_every_round_runs_all_jobs_and_begins_with_another():
     order = []
     jobs = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds = run.run_rounds(jobs, 3, lambda line: None)
+    seconds = run.run_rounds(jobs, 3)
     assert order == list("abcbcacab")
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 

@@ -130,7 +130,7 @@ def test_out_of_domain_and_lower_cased_results_come_from_files_of_their_own(fold
 
 def test_what_the_embedding_keeps_at_each_dimension(folder):
     write(
-        folder, "projection", {"test": {"stsb": {dim: {"spearman": int(dim) / 1000} for dim in ("384", "256", "128", "64")}}}
+        folder, "embedding", {"test": {"stsb": {dim: {"spearman": int(dim) / 1000} for dim in ("384", "256", "128", "64")}}}
     )
     with (folder / "README.md").open("a") as file:
         file.write("<!-- embedding -->\n<!-- /embedding -->\n")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from evaluation import embedding
-from evaluation.metrics import ndcg, neighbours_shared, ranked_documents, recall_at
+from evaluation.metrics import neighbours_shared
 from training import projection
 from training.projection import FitSettings, fit_projection, principal_axes
 
@@ -86,28 +86,20 @@ def test_what_cannot_be_fitted_says_why(count, dims, message):
 # Measures
 
 
-def test_retrieval_by_hand():
-    documents = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [-1, 0]])
-    ranking = ranked_documents(np.array([[2.0, 0], [0, 3.0]]), documents, 3)
-    assert ranking.tolist() == [[0, 1, 2], [2, 1, 0]]
-    gains = np.array([[0, 1.0, 0, 0], [0, 0, 2, 1]])
-    log3 = 1 / np.log2(3)
-    np.testing.assert_allclose(ndcg(ranking, gains, 3), [log3, 2 / (2 + log3)])
-    assert recall_at(ranking, gains, 3).tolist() == [1.0, 0.5]
-    assert recall_at(ranking, gains, 1).tolist() == [0.0, 0.5]
-
-
-def test_retrieval_with_few_documents_and_without_relevant_ones():
-    ranking = ranked_documents(np.ones((2, 2)), np.ones((3, 2)), 100)
-    assert ranking.shape == (2, 3), "all documents are ranked"
-    gains = np.array([[0, 0, 0], [1.0, 0, 0]])
-    assert ndcg(ranking, gains).tolist() == recall_at(ranking, gains).tolist() == [0.0, 1.0]
-
-
 def write_set(folder, **files):
     folder.mkdir(parents=True)
     for name, columns in files.items():
         pyarrow.parquet.write_table(pa.table(columns), folder / f"{name}.parquet")
+
+
+def test_retrieval_by_hand(tmp_path):
+    vectors = {"a": [1.0, 0], "b": [0.9, 0.1], "c": [0, 1], "d": [-1, 0], "east": [2.0, 0], "north": [0.1, 3.0]}
+    qrels = {"query_id": ["east", "north", "north"], "doc_id": ["b", "c", "d"], "score": [1, 2, 1]}
+    texts = {"corpus": [*"abcd"], "queries": ["east", "north"]}
+    write_set(tmp_path / "set", qrels=qrels, **{name: {"id": ids, "text": ids} for name, ids in texts.items()})
+    measure = embedding.retrieval_measure(lambda texts: np.array([vectors[x] for x in texts]), tmp_path / "set")
+    first, last, best = 1 / np.log2(3), 1 / np.log2(5), 2 + 1 / np.log2(3)  # the ranks: a b c d, and c b a d
+    assert measure(lambda x: x) == {"ndcg@10": pytest.approx((first + (2 + last) / best) / 2), "recall@100": 1.0}
 
 
 @pytest.fixture
