@@ -177,22 +177,13 @@ def label_mapper(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
     return to_id
 
 
-def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
-    """Returns the ids of the labels that a task's data set never marks."""
-    return [i for i, label in enumerate(labels) if (label[2:] if is_entities(task) else label) in task.unsaid]
-
-
 def fold_unsaid(logits: Tensor, task: TaskRecipe, labels: list[str]) -> Tensor:
-    """Returns logits, float [..., C], of the labels that leave no probability to those which a task's data set never marks.
-
-    For entities, where an "O" may hide one of them, their probability counts as that of "O"; elsewhere it is left out.
-    """
-    if not (unsaid := unsaid_labels(task, labels)):
+    """Returns logits, float [..., C], in which the probability of entities that a data set never marks is that of "O"."""
+    if not task.unsaid:
         return logits
+    unsaid, outside = [i for i, label in enumerate(labels) if label[2:] in task.unsaid], labels.index("O")
     folded = logits.clone()
-    if is_entities(task):
-        outside = labels.index("O")
-        folded[..., outside] = logits[..., [outside, *unsaid]].logsumexp(dim=-1)
+    folded[..., outside] = logits[..., [outside, *unsaid]].logsumexp(dim=-1)
     folded[..., unsaid] = torch.finfo(logits.dtype).min
     return folded
 
@@ -301,7 +292,7 @@ def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
         if value is None:
             return [float(IGNORE_INDEX)] * len(labels)
         present = {to_id(x, place) for x in (value if isinstance(value, list) else [value])}
-        return [float(IGNORE_INDEX) if name in task.unsaid else float(i in present) for i, name in enumerate(labels)]
+        return [float(i in present) for i in range(len(labels))]
 
     def one(value: Any, place: str) -> int:
         """Returns the label; of a list, the one that all of its labels map to but those that map to none, or else -100."""
