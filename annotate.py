@@ -15,7 +15,6 @@ import argparse
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -42,7 +41,6 @@ class Bar(Progress, AbstractContextManager):
     def __init__(self, total: int | None, unit: str = " texts") -> None:
         from tqdm import tqdm
 
-        self.start = time.monotonic()
         self.bar = tqdm(total=total, unit=unit, smoothing=0)
 
     def __exit__(self, *error: object) -> None:
@@ -54,7 +52,7 @@ class Bar(Progress, AbstractContextManager):
 
     def add(self, rows: int, tokens: int) -> None:
         super().add(rows, tokens)
-        seconds = time.monotonic() - self.start
+        seconds = self.bar.format_dict["elapsed"]
         is_rows = self.bar.unit == " texts"
         rates = [] if is_rows else [f"{self.rows / seconds:,.0f} texts/s"]
         self.bar.set_postfix_str(", ".join([*rates, f"{self.tokens / seconds:,.0f} tokens/s"]), refresh=False)
@@ -235,10 +233,6 @@ def _write_file(args: argparse.Namespace, settings: Settings, source: Source | N
     return failed
 
 
-def _stop(number: int, frame: Any) -> None:
-    raise Stopped
-
-
 def _report(error: BaseException, args: argparse.Namespace) -> None:
     notes = getattr(error, "__notes__", [])
     if notes:
@@ -248,15 +242,13 @@ def _report(error: BaseException, args: argparse.Namespace) -> None:
     print(f"annotate.py: {what}.", *notes, file=sys.stderr)
 
 
-def _rejects(args: argparse.Namespace) -> str:
-    if args.engine == "ray":
-        return str(args.output / "_rejects")
-    return str(Output(args.output).rejects) if args.output else "their 'error' fields"
-
-
 def main() -> None:
     args = parse_args()
-    before = signal.signal(signal.SIGTERM, _stop)
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         failed = run(args)
     except KeyboardInterrupt as error:
@@ -271,7 +263,9 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if failed:
-        print(f"annotate.py: {failed} rows could not be annotated; see {_rejects(args)}.", file=sys.stderr)
+        rejects = args.output / "_rejects" if args.engine == "ray" else args.output and Output(args.output).rejects
+        place = rejects or "their 'error' fields"
+        print(f"annotate.py: {failed} rows could not be annotated; see {place}.", file=sys.stderr)
 
 
 if __name__ == "__main__":
