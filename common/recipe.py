@@ -320,20 +320,17 @@ class Recipe:
             raise RecipeError("\n  ".join([f"{source}:", *problems]))
         if data is None:
             return recipe
-        return dataclasses.replace(recipe, tasks={name: _local(task, data) for name, task in recipe.tasks.items()})
+        tasks = {}
+        for name, task in recipe.tasks.items():
+            place = "" if task.datasets else str(data / str(task.folder))
+            parts = {key: dataclasses.replace(x, dataset=str(data / str(x.folder))) for key, x in task.datasets.items()}
+            tasks[name] = dataclasses.replace(task, dataset=place, datasets=parts)
+        return dataclasses.replace(recipe, tasks=tasks)
 
     @property
     def parts(self) -> dict[str, TaskRecipe]:
         """Every task on each of its data sets alone, see `TaskRecipe.parts`."""
         return {key: part for name, task in self.tasks.items() for key, part in task.parts(name).items()}
-
-
-def _local(task: TaskRecipe, data: Path) -> TaskRecipe:
-    """Returns a task that reads its data sets from the folders of `data`."""
-    if not task.datasets:
-        return dataclasses.replace(task, dataset=str(data / str(task.folder)))
-    moved = {name: dataclasses.replace(x, dataset=str(data / str(x.folder))) for name, x in task.datasets.items()}
-    return dataclasses.replace(task, datasets=moved)
 
 
 def _override(fields: dict[str, Any], setting: str) -> None:

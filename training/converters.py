@@ -121,7 +121,11 @@ def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains
                 if cells[tag].startswith("B-"):
                     starts.add(len(words))
                 words.append(cells[token])
-                kinds.append(bio_kind(cells[tag], mapping, f"{where}, column {tag + 1}"))
+                prefix, _, kind = cells[tag].partition("-")
+                if cells[tag] != "O" and prefix not in ("B", "I"):
+                    raise SourceError(f"{where}, column {tag + 1}: the tag {cells[tag]!r} is neither O nor B-… nor I-….")
+                kind = "O" if prefix == "O" else lookup(mapping, kind, f"{where}, column {tag + 1}")
+                kinds.append(None if kind == "O" else kind)
             yield split, {"tokens": words, "ner_tags": to_bio(kinds, starts), **({"domain": domain} if domains else {})}
 
 
@@ -137,15 +141,6 @@ def blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
         elif lines:
             yield comments, lines
             comments, lines = [], []
-
-
-def bio_kind(tag: str, mapping: dict[str, str], where: str) -> str | None:
-    """Returns what the mapping makes of the kind in a BIO tag, None for no entity."""
-    prefix, _, kind = tag.partition("-")
-    if tag != "O" and prefix not in ("B", "I"):
-        raise SourceError(f"{where}: the tag {tag!r} is neither O nor B-… nor I-….")
-    found = "O" if tag == "O" else lookup(mapping, kind, where)
-    return None if found == "O" else found
 
 
 def docred(files: Files, mapping: dict[str, str], splits: dict[str, list[str]]) -> Rows:

@@ -152,7 +152,13 @@ def build(source: Source, output: Path) -> None:
             names = list(source.columns)
             data = {split: load_split(source.hub, split, names).select_columns(names) for split in source.rows}
         else:
-            data = from_files(source, Path(temporary))
+            paths = {name: Path(temporary, address.replace("/", "-")) for name, address in source.files.items()}
+            for name, address in source.files.items():
+                fetch(urljoin(source.base, address), paths[name], source.sha256.get(name))
+            drawn = json.loads(SPLITS.read_text("utf-8")).get(source.name)
+            options = {**source.options, **({"splits": drawn} if drawn else {})}
+            found = CONVERTERS[source.converter](paths, **options)
+            data = {split: to_dataset(rows, source, split) for split, rows in found.items()}
         if problems := differences(source, data):
             raise SourceError("\n".join(problems))
         folder = Path(temporary) / "folder"
@@ -160,17 +166,6 @@ def build(source: Source, output: Path) -> None:
         for split, rows in data.items():
             rows.to_parquet(folder / f"{split}.parquet")
         folder.rename(target)
-
-
-def from_files(source: Source, folder: Path) -> dict[str, Dataset]:
-    """Returns the splits of a data set, downloaded into a folder and converted."""
-    paths = {name: folder / address.replace("/", "-") for name, address in source.files.items()}
-    for name, address in source.files.items():
-        fetch(urljoin(source.base, address), paths[name], source.sha256.get(name))
-    drawn = json.loads(SPLITS.read_text("utf-8")).get(source.name)
-    options = {**source.options, **({"splits": drawn} if drawn else {})}
-    splits = CONVERTERS[source.converter](paths, **options)
-    return {split: to_dataset(rows, source, split) for split, rows in splits.items()}
 
 
 def features_of(source: Source) -> Features:
