@@ -340,7 +340,6 @@ def test_rated_snippets(tmp_path):
         "validation": [("product", "It has a door.", "neutral")],
         "test": [("tweet", "nice :)", "positive")],
     }
-    assert found["train"][0]["score"] == pytest.approx(2.9 / 4)
 
 
 def test_valence(tmp_path):
@@ -352,7 +351,6 @@ def test_valence(tmp_path):
         "validation": [("A neutral text", "neutral", "blog")],
         "test": [("We won.", "positive", "fiction")],
     }
-    assert found["test"][0]["arousal"] == 3.5
 
 
 def test_sentences_whose_targets_disagree_are_left_out(tmp_path):
@@ -368,9 +366,9 @@ def test_sentences_whose_targets_disagree_are_left_out(tmp_path):
     content = zipped(train=train, devtest_rw=test)
     found = convert(tmp_path, "newsmtsc", {"archive": content}, splits=splits)
     assert found == {
-        "train": [{"text": "They met.", "label": "neutral", "target": "They"}],
-        "validation": [{"text": "Held out.", "label": "positive", "target": "x"}],
-        "test": [{"text": "A lie.", "label": "negative", "target": "A"}],
+        "train": [{"text": "They met.", "label": "neutral"}],
+        "validation": [{"text": "Held out.", "label": "positive"}],
+        "test": [{"text": "A lie.", "label": "negative"}],
     }
 
 
