@@ -28,10 +28,6 @@ from bulk.sources import INPUT_FORMATS, ROWS, SUFFIXES, InputError, Row, Source,
 COLOURS = {"PER": 35, "ORG": 36, "LOC": 32}  # ANSI; other entities are yellow, labels bold
 
 
-class Stopped(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM)."""
-
-
 class Bar(Progress, AbstractContextManager):
     """Shows on standard error the progress of a run, its speed and the time left.
 
@@ -246,14 +242,14 @@ def main() -> None:
     args = parse_args()
 
     def stop(number: int, frame: Any) -> None:
-        raise Stopped
+        raise KeyboardInterrupt(number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         failed = run(args)
     except KeyboardInterrupt as error:
         _report(error, args)
-        sys.exit(128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT))
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))  # the number of the signal
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -243,7 +243,11 @@ def make_examples(
         return _tagged_examples(rows, labels, tokenizer)
     to_label, values = label_reader(task, data, labels, where), data[task.label_column]
     found = [to_label(value, f"{where}, row {row}, column {task.label_column}") for row, value in enumerate(values)]
-    columns = [_texts(data, column, where) for column in task.text_columns]
+    columns = [list(data[column]) for column in task.text_columns]
+    for column, texts in zip(task.text_columns, columns, strict=True):
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"{where}, row {row}, column {column}: {text!r:.50} is not a text.")
     if len(columns) == 1:
         return [{**x, "labels": label} for (x, _), label in zip(_encoded(columns[0], tokenizer), found, strict=True)]
     ids = [tokenizer(texts, truncation=True)["input_ids"] for texts in columns]
@@ -268,14 +272,6 @@ def rewrite(text: str, form: str | None) -> str:
     if form == "title":
         return " ".join(word[:1].upper() + word[1:] for word in text.split(" "))
     return {"lower": text.lower, "upper": text.upper, None: lambda: text}[form]()
-
-
-def _texts(data: Dataset, column: str, where: str) -> list[str]:
-    texts = list(data[column])
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"{where}, row {row}, column {column}: {text!r:.50} is not a text.")
-    return texts
 
 
 def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> Callable[[Any, str], Any]:

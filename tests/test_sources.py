@@ -167,7 +167,10 @@ def convert(tmp_path: Path, name: str, files: dict[str, str | bytes], **options)
     for key, content in files.items():
         paths[key] = tmp_path / f"{key.replace('/', '-')}.raw"
         paths[key].write_bytes(content.encode() if isinstance(content, str) else content)
-    return CONVERTERS[LISTED[name].converter](paths, **{**LISTED[name].options, **options})
+    found = {}
+    for split, row in CONVERTERS[LISTED[name].converter](paths, **{**LISTED[name].options, **options}):
+        found.setdefault(split, []).append(row)
+    return found
 
 
 def read_folder(folder: Path) -> dict[str, Dataset]:

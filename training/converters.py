@@ -13,7 +13,6 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -313,27 +312,23 @@ def newsmtsc(files: Files, splits: dict[str, list[str]]) -> Rows:
 
     `splits` names the sentences of its training file that are for validation.
     """
-    for row in news_rows(files["archive"], "train.jsonl"):
-        yield "validation" if row_key(row["text"]) in splits["validation"] else "train", row
-    for row in news_rows(files["archive"], "devtest_rw.jsonl"):
-        yield "test", row
-
-
-def news_rows(archive: Path, file: str) -> list[Row]:
-    """Returns each sentence of one file of NewsMTSC once."""
     labels = {2.0: "negative", 4.0: "neutral", 6.0: "positive"}
-    by_text: dict[str, set[str]] = {}
-    for row, line in enumerate(read_archive(archive, file), 1):
-        where = f"{file}, row {row}"
-        try:
-            record = json.loads(line)
-            text = squeeze(record["sentence_normalized"])
-            polarities = [x["polarity"] for x in record["targets"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SourceError(f"{where}: no sentence_normalized with targets ({error!r}).") from error
-        for polarity in polarities:
-            by_text.setdefault(text, set()).add(lookup(labels, polarity, f"{where}, field polarity"))
-    return [{"text": text, "label": found.pop()} for text, found in by_text.items() if len(found) == 1]
+    for file, split in (("train.jsonl", "train"), ("devtest_rw.jsonl", "test")):
+        by_text: dict[str, set[str]] = {}
+        for row, line in enumerate(read_archive(files["archive"], file), 1):
+            where = f"{file}, row {row}"
+            try:
+                record = json.loads(line)
+                text = squeeze(record["sentence_normalized"])
+                polarities = [x["polarity"] for x in record["targets"]]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise SourceError(f"{where}: no sentence_normalized with targets ({error!r}).") from error
+            for polarity in polarities:
+                by_text.setdefault(text, set()).add(lookup(labels, polarity, f"{where}, field polarity"))
+        for text, found in by_text.items():
+            if len(found) == 1:
+                is_held_out = split == "train" and row_key(text) in splits["validation"]
+                yield "validation" if is_held_out else split, {"text": text, "label": found.pop()}
 
 
 def goemotions(files: Files) -> Rows:
@@ -361,15 +356,6 @@ def clinc(files: Files) -> Rows:
                 yield split, {"text": text, "label": label}
 
 
-def by_split(converter: Callable[..., Rows], files: Files, **options: Any) -> dict[str, list[Row]]:
-    """Returns the rows of each split that a converter yields."""
-    splits: dict[str, list[Row]] = {}
-    for split, row in converter(files, **options):
-        splits.setdefault(split, []).append(row)
-    return splits
-
-
-CONVERTERS: dict[str, Callable[..., dict[str, list[Row]]]] = {
-    converter.__name__: partial(by_split, converter)
-    for converter in (clinc, columns, docred, emobank, goemotions, gum, newsmtsc, vader)
+CONVERTERS: dict[str, Callable[..., Rows]] = {
+    converter.__name__: converter for converter in (clinc, columns, docred, emobank, goemotions, gum, newsmtsc, vader)
 }

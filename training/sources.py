@@ -157,7 +157,9 @@ def build(source: Source, output: Path) -> None:
                 fetch(urljoin(source.base, address), paths[name], source.sha256.get(name))
             drawn = json.loads(SPLITS.read_text("utf-8")).get(source.name)
             options = {**source.options, **({"splits": drawn} if drawn else {})}
-            found = CONVERTERS[source.converter](paths, **options)
+            found: dict[str, list[Row]] = {}
+            for split, row in CONVERTERS[source.converter](paths, **options):
+                found.setdefault(split, []).append(row)
             data = {split: to_dataset(rows, source, split) for split, rows in found.items()}
         if problems := differences(source, data):
             raise SourceError("\n".join(problems))
