@@ -249,7 +249,7 @@ def main() -> None:
         failed = run(args)
     except KeyboardInterrupt as error:
         _report(error, args)
-        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))  # the number of the signal
+        sys.exit(128 + (signal.SIGTERM if error.args else signal.SIGINT))  # `stop` alone gives an argument
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -131,19 +131,6 @@ class Capacity:
             self.running -= 1
 
 
-def make_server(model: str, queued_requests: int = QUEUED_REQUESTS) -> litserve.LitServer:
-    """Returns the server of a model's folder, to be run with one API process: queue and metrics are that process's own."""
-    server = litserve.LitServer(
-        [Annotate(model, "/annotate"), Embeddings(model, "/v1/embeddings")],
-        timeout=QUEUE_SECONDS,
-        max_payload_size=BODY_BYTES,
-        middlewares=[(Capacity, {"limit": queued_requests})],
-    )
-    metrics = Instrumentator(should_instrument_requests_inprogress=True, inprogress_labels=True)
-    metrics.instrument(server.app).expose(server.app)
-    return server
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(ROOT), help="the model's folder; default: this repository")
@@ -151,10 +138,17 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--queued-requests", type=int, default=QUEUED_REQUESTS, help="more are answered with 429")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe finishes running requests on an interrupt alone
-    make_server(args.model, args.queued_requests).run(
-        host=args.host, port=args.port, num_api_servers=1, generate_client_file=False
+    server = litserve.LitServer(
+        [Annotate(args.model, "/annotate"), Embeddings(args.model, "/v1/embeddings")],
+        timeout=QUEUE_SECONDS,
+        max_payload_size=BODY_BYTES,
+        middlewares=[(Capacity, {"limit": args.queued_requests})],
     )
+    metrics = Instrumentator(should_instrument_requests_inprogress=True, inprogress_labels=True)
+    metrics.instrument(server.app).expose(server.app)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe finishes running requests on an interrupt alone
+    # One API process: queue and metrics are that process's own.
+    server.run(host=args.host, port=args.port, num_api_servers=1, generate_client_file=False)
 
 
 if __name__ == "__main__":
