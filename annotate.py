@@ -15,7 +15,6 @@ import argparse
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,10 +28,6 @@ from bulk.sources import INPUT_FORMATS, ROWS, SUFFIXES, InputError, Row, Source,
 COLOURS = {"PER": 35, "ORG": 36, "LOC": 32}  # ANSI; other entities are yellow, labels bold
 
 
-class Stopped(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM)."""
-
-
 class Bar(Progress, AbstractContextManager):
     """Shows on standard error the progress of a run, its speed and the time left.
 
@@ -42,7 +37,6 @@ class Bar(Progress, AbstractContextManager):
     def __init__(self, total: int | None, unit: str = " texts") -> None:
         from tqdm import tqdm
 
-        self.start = time.monotonic()
         self.bar = tqdm(total=total, unit=unit, smoothing=0)
 
     def __exit__(self, *error: object) -> None:
@@ -54,7 +48,7 @@ class Bar(Progress, AbstractContextManager):
 
     def add(self, rows: int, tokens: int) -> None:
         super().add(rows, tokens)
-        seconds = time.monotonic() - self.start
+        seconds = self.bar.format_dict["elapsed"]
         is_rows = self.bar.unit == " texts"
         rates = [] if is_rows else [f"{self.rows / seconds:,.0f} texts/s"]
         self.bar.set_postfix_str(", ".join([*rates, f"{self.tokens / seconds:,.0f} tokens/s"]), refresh=False)
@@ -235,10 +229,6 @@ def _write_file(args: argparse.Namespace, settings: Settings, source: Source | N
     return failed
 
 
-def _stop(number: int, frame: Any) -> None:
-    raise Stopped
-
-
 def _report(error: BaseException, args: argparse.Namespace) -> None:
     notes = getattr(error, "__notes__", [])
     if notes:
@@ -248,20 +238,18 @@ def _report(error: BaseException, args: argparse.Namespace) -> None:
     print(f"annotate.py: {what}.", *notes, file=sys.stderr)
 
 
-def _rejects(args: argparse.Namespace) -> str:
-    if args.engine == "ray":
-        return str(args.output / "_rejects")
-    return str(Output(args.output).rejects) if args.output else "their 'error' fields"
-
-
 def main() -> None:
     args = parse_args()
-    before = signal.signal(signal.SIGTERM, _stop)
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         failed = run(args)
     except KeyboardInterrupt as error:
         _report(error, args)
-        sys.exit(128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT))
+        sys.exit(128 + (signal.SIGTERM if error.args else signal.SIGINT))  # `stop` alone gives an argument
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -271,7 +259,9 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if failed:
-        print(f"annotate.py: {failed} rows could not be annotated; see {_rejects(args)}.", file=sys.stderr)
+        rejects = args.output / "_rejects" if args.engine == "ray" else args.output and Output(args.output).rejects
+        place = rejects or "their 'error' fields"
+        print(f"annotate.py: {failed} rows could not be annotated; see {place}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

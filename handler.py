@@ -39,17 +39,6 @@ FIELDS = ("inputs", "parameters")
 PARAMETERS = ("tasks", "embedding", "min_score")
 
 
-def load_model(folder: Path) -> MultiTaskModel:
-    """Returns the model of a release folder, in float32; raises a WeightsError if its files do not make a whole model."""
-    fields = json.loads((folder / "config.json").read_text("utf-8"))
-    model = MultiTaskModel(MultiTaskConfig(**{**fields, "dtype": torch.float32}))
-    try:
-        model.load_state_dict(load_release(folder, model.base_model_prefix))
-    except RuntimeError as error:
-        raise WeightsError(f"{folder} is not a whole model: {error}") from error
-    return model
-
-
 class EndpointHandler:
     """Answers requests with the model of one release folder; many threads may share it.
 
@@ -62,9 +51,14 @@ class EndpointHandler:
 
     def __init__(self, path: str | Path = "") -> None:
         folder = Path(path) if path else Path(__file__).parent
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.pipeline = MultiTaskPipeline(model=load_model(folder), tokenizer=tokenizer, device=device)
+        fields = json.loads((folder / "config.json").read_text("utf-8"))
+        model = MultiTaskModel(MultiTaskConfig(**{**fields, "dtype": torch.float32}))
+        try:
+            model.load_state_dict(load_release(folder, model.base_model_prefix))
+        except RuntimeError as error:
+            raise WeightsError(f"{folder} is not a whole model: {error}") from error
+        tokenizer, device = AutoTokenizer.from_pretrained(folder), "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipeline = MultiTaskPipeline(model=model, tokenizer=tokenizer, device=device)
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns one record per text, ready for JSON, or `{"error": message}` for an item that is not a text.
@@ -87,7 +81,17 @@ class EndpointHandler:
         if not isinstance(data, dict):
             raise ValueError(f'The request is a {type(data).__name__}; allowed: an object such as {{"inputs": "a text"}}.')
         _refuse_unknown("The request", data, FIELDS)
-        return _read_texts(data), self._read_options(data.get("parameters"))
+        if "inputs" not in data:
+            raise ValueError("The request lacks the field inputs, a text or a list of texts.")
+        inputs = data["inputs"]
+        if not isinstance(inputs, str | list):
+            raise ValueError(f"inputs is {_short(inputs)}; allowed: a text or a list of texts.")
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        characters = sum(len(text) for text in texts if isinstance(text, str))
+        for count, limit, unit in ((len(texts), MAX_TEXTS, "texts"), (characters, MAX_CHARACTERS, "characters")):
+            if count > limit:
+                raise ValueError(f"inputs holds {count:,} {unit}; allowed: {limit:,} in one request. Send it in parts.")
+        return texts, self._read_options(data.get("parameters"))
 
     def answer(self, requests: list[tuple[list[Any], dict[str, Any]]]) -> list[list[dict[str, Any]]]:
         """Returns the answer of each request that `read` gave; texts with the same options share the model's batches."""
@@ -126,21 +130,6 @@ class EndpointHandler:
 def _refuse_unknown(where: str, fields: dict[str, Any], known: tuple[str, ...]) -> None:
     if unknown := [name for name in fields if name not in known]:
         raise ValueError(f"{where} has the unknown field {_short(unknown[0])}; known: {', '.join(known)}.")
-
-
-def _read_texts(data: dict[str, Any]) -> list[Any]:
-    """Returns the request's items, of which some may be no texts."""
-    if "inputs" not in data:
-        raise ValueError("The request lacks the field inputs, a text or a list of texts.")
-    inputs = data["inputs"]
-    if not isinstance(inputs, str | list):
-        raise ValueError(f"inputs is {_short(inputs)}; allowed: a text or a list of texts.")
-    texts = [inputs] if isinstance(inputs, str) else inputs
-    characters = sum(len(text) for text in texts if isinstance(text, str))
-    for count, limit, unit in ((len(texts), MAX_TEXTS, "texts"), (characters, MAX_CHARACTERS, "characters")):
-        if count > limit:
-            raise ValueError(f"inputs holds {count:,} {unit}; allowed: {limit:,} in one request. Send it in parts.")
-    return texts
 
 
 def _short(value: Any) -> str:

@@ -168,16 +168,12 @@ def join(parts: list[Path], output: Output, schema: pyarrow.Schema) -> None:
     else:
         output.rejects.unlink(missing_ok=True)  # of an earlier run
     with durable(output.path, output.partial) as stream:
-        if output.path.suffix == ".parquet":
-            _join_parquet(parts, stream, schema)
-        else:
+        if output.path.suffix != ".parquet":
             for part in parts:
                 stream.write(part.read_bytes())
-
-
-def _join_parquet(parts: list[Path], stream: BinaryIO, schema: pyarrow.Schema) -> None:
-    with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
-        for first in range(0, len(parts), GROUP_PARTS):
-            group = (pyarrow.parquet.ParquetFile(part).read() for part in parts[first : first + GROUP_PARTS])
-            writer.write_table(pyarrow.concat_tables(group))
-            pyarrow.default_memory_pool().release_unused()  # else a long file's join takes more and more
+            return
+        with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
+            for first in range(0, len(parts), GROUP_PARTS):
+                group = (pyarrow.parquet.ParquetFile(part).read() for part in parts[first : first + GROUP_PARTS])
+                writer.write_table(pyarrow.concat_tables(group))
+                pyarrow.default_memory_pool().release_unused()  # else a long file's join takes more and more

@@ -99,7 +99,13 @@ def annotate_folder(
     annotator = Annotator(replace(settings, device="cpu"))  # refuses an unknown model or task before Ray starts
     formats = {f"shard {shard}": folders.source_of(shard).file_format for shard in shards}
     identity = {**annotator.identity(), "--device": settings.device, "--text-column": folders.column, **formats}
-    _open_folder(folders, identity, resume)
+    saved = folders.output / SETTINGS
+    if resume and saved.exists():
+        check_identity("--resume", saved, identity)
+    elif folders.output.exists() and any(folders.output.iterdir()):
+        raise InputError(f"--output {folders.output} is not empty and holds no run to resume; choose another folder.")
+    (folders.output / SIDE).mkdir(parents=True, exist_ok=True)
+    save_json(saved, identity, folders.output / SIDE)
     rejects, failed = 0, []
     with progress_bar(len(shards), " shards") as progress:
         try:
@@ -113,16 +119,6 @@ def annotate_folder(
     if failed:
         raise InputError("; ".join([f"{len(failed)} of {len(shards)} shards failed", *failed]))
     return rejects
-
-
-def _open_folder(folders: Folders, identity: dict[str, Any], resume: bool) -> None:
-    saved = folders.output / SETTINGS
-    if resume and saved.exists():
-        check_identity("--resume", saved, identity)
-    elif folders.output.exists() and any(folders.output.iterdir()):
-        raise InputError(f"--output {folders.output} is not empty and holds no run to resume; choose another folder.")
-    (folders.output / SIDE).mkdir(parents=True, exist_ok=True)
-    save_json(saved, identity, folders.output / SIDE)
 
 
 def _start_ray() -> Any:

@@ -48,10 +48,21 @@ def annotate_file(
     """
     with output.locked():
         if resume and output.path.exists() and not output.settings.exists():
-            _check_complete(output, identity)
+            if not output.record.exists():
+                raise InputError(
+                    f"--resume: {output.path} exists, but {output.record}, which says how it was made, does not. "
+                    "Choose another output, or start again with --overwrite."
+                )
+            check_identity("--resume", output.record, {**identity, "sha256 of --output": sha256(output.path)})
             progress.skip(identity.get(ROWS, 0))
             return output.count_rejects()
-        _open(output, identity, resume)
+        if resume and output.settings.exists():
+            check_identity("--resume", output.settings, identity)
+            for path in output.partial.glob("*.tmp"):
+                path.unlink()
+        else:
+            output.clear()
+            save_json(output.settings, identity, output.partial)
         with _parts_kept(output):
             found = Fingerprint()
             parts = _write_parts(found, rows, output, annotator, progress, workers)
@@ -70,27 +81,6 @@ def check_identity(what: str, then: Path | dict[str, Any], now: dict[str, Any]) 
     if names := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
         changes = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
         raise InputError(f"{what}: {changes}. Use the input and settings of the first run, or start a new one.")
-
-
-def _check_complete(output: Output, identity: dict[str, Any]) -> None:
-    """Checks that a complete output is the result of this input and these settings."""
-    if not output.record.exists():
-        raise InputError(
-            f"--resume: {output.path} exists, but {output.record}, which says how it was made, does not. "
-            "Choose another output, or start again with --overwrite."
-        )
-    check_identity("--resume", output.record, {**identity, "sha256 of --output": sha256(output.path)})
-
-
-def _open(output: Output, identity: dict[str, Any], resume: bool) -> None:
-    """Checks that the run in the folder of parts can be resumed, or empties the folder for a new one."""
-    if resume and output.settings.exists():
-        check_identity("--resume", output.settings, identity)
-        for path in output.partial.glob("*.tmp"):
-            path.unlink()
-    else:
-        output.clear()
-        save_json(output.settings, identity, output.partial)
 
 
 @contextmanager

@@ -65,8 +65,11 @@ class Source:
     def rows(self) -> Iterator[Row]:
         """Yields one row at a time; raises an InputError if the file cannot be read, or lacks or repeats the column."""
         try:
-            if not self.is_stream:
-                _refuse_other_encodings(self.name)
+            if not self.is_stream:  # UTF-16 and compressed files would be read as garbled text
+                with open(self.name, "rb") as stream:
+                    start = stream.read(4)
+                if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b", b"PK\x03\x04")):
+                    raise InputError(f"--input {self.name} is compressed or UTF-16; decompress it or convert it to UTF-8.")
             if self.file_format == "parquet":
                 yield from _read_parquet(self.name, self.column)
                 return
@@ -93,14 +96,6 @@ class Source:
         if found.rows and not is_readable:
             raise InputError(f"--input {self.name}: none of its {found.rows} rows can be read; the last {reason}.")
         return {**options, **found.identity()}
-
-
-def _refuse_other_encodings(path: str) -> None:
-    """Raises an InputError for UTF-16 and compressed files, which would otherwise be read as garbled text."""
-    with open(path, "rb") as stream:
-        start = stream.read(4)
-    if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b", b"PK\x03\x04")):
-        raise InputError(f"--input {path} is compressed or UTF-16; decompress it or convert it to UTF-8.")
 
 
 def _check_column(column: str, names: list[str]) -> None:

@@ -177,22 +177,13 @@ def label_mapper(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
     return to_id
 
 
-def unsaid_labels(task: TaskRecipe, labels: list[str]) -> list[int]:
-    """Returns the ids of the labels that a task's data set never marks."""
-    return [i for i, label in enumerate(labels) if (label[2:] if is_entities(task) else label) in task.unsaid]
-
-
 def fold_unsaid(logits: Tensor, task: TaskRecipe, labels: list[str]) -> Tensor:
-    """Returns logits, float [..., C], of the labels that leave no probability to those which a task's data set never marks.
-
-    For entities, where an "O" may hide one of them, their probability counts as that of "O"; elsewhere it is left out.
-    """
-    if not (unsaid := unsaid_labels(task, labels)):
+    """Returns logits, float [..., C], in which the probability of entities that a data set never marks is that of "O"."""
+    if not task.unsaid:
         return logits
+    unsaid, outside = [i for i, label in enumerate(labels) if label[2:] in task.unsaid], labels.index("O")
     folded = logits.clone()
-    if is_entities(task):
-        outside = labels.index("O")
-        folded[..., outside] = logits[..., [outside, *unsaid]].logsumexp(dim=-1)
+    folded[..., outside] = logits[..., [outside, *unsaid]].logsumexp(dim=-1)
     folded[..., unsaid] = torch.finfo(logits.dtype).min
     return folded
 
@@ -252,7 +243,11 @@ def make_examples(
         return _tagged_examples(rows, labels, tokenizer)
     to_label, values = label_reader(task, data, labels, where), data[task.label_column]
     found = [to_label(value, f"{where}, row {row}, column {task.label_column}") for row, value in enumerate(values)]
-    columns = [_texts(data, column, where) for column in task.text_columns]
+    columns = [list(data[column]) for column in task.text_columns]
+    for column, texts in zip(task.text_columns, columns, strict=True):
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"{where}, row {row}, column {column}: {text!r:.50} is not a text.")
     if len(columns) == 1:
         return [{**x, "labels": label} for (x, _), label in zip(_encoded(columns[0], tokenizer), found, strict=True)]
     ids = [tokenizer(texts, truncation=True)["input_ids"] for texts in columns]
@@ -279,14 +274,6 @@ def rewrite(text: str, form: str | None) -> str:
     return {"lower": text.lower, "upper": text.upper, None: lambda: text}[form]()
 
 
-def _texts(data: Dataset, column: str, where: str) -> list[str]:
-    texts = list(data[column])
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"{where}, row {row}, column {column}: {text!r:.50} is not a text.")
-    return texts
-
-
 def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str) -> Callable[[Any, str], Any]:
     """Returns what turns a row's value, given its place for errors, into a label as the task's loss wants it."""
     problem = task.head.get("problem_type")
@@ -301,7 +288,7 @@ def label_reader(task: TaskRecipe, data: Dataset, labels: list[str], where: str)
         if value is None:
             return [float(IGNORE_INDEX)] * len(labels)
         present = {to_id(x, place) for x in (value if isinstance(value, list) else [value])}
-        return [float(IGNORE_INDEX) if name in task.unsaid else float(i in present) for i, name in enumerate(labels)]
+        return [float(i in present) for i in range(len(labels))]
 
     def one(value: Any, place: str) -> int:
         """Returns the label; of a list, the one that all of its labels map to but those that map to none, or else -100."""

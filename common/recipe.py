@@ -76,8 +76,8 @@ class SourceRecipe:
         mapping: The data set's label names (for entities: its types) to the task's; "" for rows that then have no label, or
             for types that are not entities. Left out: the names are the task's own. Where the column holds a list and the task
             one label, rows whose labels map to different ones have none.
-        unsaid: Labels of the task (for entities: types) that this data set never marks, so that their absence means
-            nothing: the loss takes the probability of an "O" as that of "O" or any of them.
+        unsaid: Types of entities that this data set never marks, so that their absence means nothing: the loss takes the
+            probability of an "O" as that of "O" or any of them.
         limit: Maximum number of rows of the train split, sampled with the run's seed.
         passage_rows: Token tasks: number of consecutive rows that are also joined into one passage, so that the head learns
             from longer texts as well.
@@ -320,20 +320,17 @@ class Recipe:
             raise RecipeError("\n  ".join([f"{source}:", *problems]))
         if data is None:
             return recipe
-        return dataclasses.replace(recipe, tasks={name: _local(task, data) for name, task in recipe.tasks.items()})
+        tasks = {}
+        for name, task in recipe.tasks.items():
+            place = "" if task.datasets else str(data / str(task.folder))
+            parts = {key: dataclasses.replace(x, dataset=str(data / str(x.folder))) for key, x in task.datasets.items()}
+            tasks[name] = dataclasses.replace(task, dataset=place, datasets=parts)
+        return dataclasses.replace(recipe, tasks=tasks)
 
     @property
     def parts(self) -> dict[str, TaskRecipe]:
         """Every task on each of its data sets alone, see `TaskRecipe.parts`."""
         return {key: part for name, task in self.tasks.items() for key, part in task.parts(name).items()}
-
-
-def _local(task: TaskRecipe, data: Path) -> TaskRecipe:
-    """Returns a task that reads its data sets from the folders of `data`."""
-    if not task.datasets:
-        return dataclasses.replace(task, dataset=str(data / str(task.folder)))
-    moved = {name: dataclasses.replace(x, dataset=str(data / str(x.folder))) for name, x in task.datasets.items()}
-    return dataclasses.replace(task, datasets=moved)
 
 
 def _override(fields: dict[str, Any], setting: str) -> None:
@@ -448,6 +445,8 @@ def _mapping_problems(task: TaskRecipe) -> list[str]:
         for source, target in task.mapping.items()
         if target not in (*names, NO_LABEL)
     ]
+    if task.unsaid and not is_entities(task):
+        problems.append(f"unsaid is {task.unsaid}; it is for entities, whose absence an 'O' tells: leave it out")
     problems += [f"unsaid holds {name!r}; allowed: {', '.join(names)}" for name in task.unsaid if name not in names]
     said = set(task.unsaid) & set(task.mapping.values())
     return problems + [f"unsaid holds {name!r}, which mapping says" for name in sorted(said)]

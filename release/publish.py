@@ -50,6 +50,17 @@ _SECRET = re.compile(
 _TAG = re.compile(r"(?!main$|.*\.lock$)\w[\w+-]*(\.[\w+-]+)*", re.ASCII)
 # Largest distance between the embeddings (unit vectors) of an export and of PyTorch.
 _EXPORT_TOLERANCES = {"onnx": 1e-3, "onnx-int8": 0.3}
+_CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+---
+# {repo_id}
+
+One pass over a text gives its sentence embedding and the labels of the tasks {tasks}.
+
+`pipeline("multitask", model="{repo_id}", trust_remote_code=True)` gives all of them, `SentenceTransformer("{repo_id}")` the
+embedding alone, without `trust_remote_code`.
+"""
 
 
 class PublishError(ValueError):
@@ -59,8 +70,8 @@ class PublishError(ValueError):
 # The copy that is checked and sent
 
 
-def take_snapshot(folder: Path, snapshot: Path) -> None:
-    """Copies what is published to a new folder and checks the copy.
+def take_snapshot(folder: Path, repo_id: str, snapshot: Path) -> None:
+    """Copies what is published to a new folder and checks the copy. A release without README.md gets a short one.
 
     Raises:
         PublishError: The folder fails `release.check`, a file is a link or holds a secret, or README.md is out of date.
@@ -75,7 +86,11 @@ def take_snapshot(folder: Path, snapshot: Path) -> None:
         shutil.copyfile(folder / name, snapshot / name)
     if problems := check(snapshot):
         raise PublishError("\n  ".join([f"{folder} is not ready to publish:", *problems]))
-    if can_render(snapshot) and render_card(text := (snapshot / "README.md").read_text("utf-8"), snapshot) != text:
+    card = snapshot / "README.md"
+    if not card.exists():
+        tasks = json.loads((snapshot / "config.json").read_text("utf-8"))["tasks"]
+        card.write_text(_CARD.format(repo_id=repo_id, tasks=", ".join(tasks) or "none"), "utf-8")
+    elif can_render(snapshot) and render_card(text := card.read_text("utf-8"), snapshot) != text:
         raise PublishError(f"README.md does not show the numbers in results/. Run: python -m release.card {folder}")
     refuse_secrets(snapshot)
     check_exports(snapshot)
@@ -250,7 +265,7 @@ def main() -> None:
         check_names(args.repo_id, args.revision)
         with tempfile.TemporaryDirectory() as temporary:
             snapshot = Path(temporary, args.folder.resolve().name)  # a card may be named after its folder
-            take_snapshot(args.folder, snapshot)
+            take_snapshot(args.folder, args.repo_id, snapshot)
             if args.dry_run:
                 for name in (names := files_in(snapshot)):
                     print(f"{(snapshot / name).stat().st_size:>12,}  {name}")

@@ -28,12 +28,10 @@ QUEUE_SECONDS = 30  # a request that has waited longer is answered with 504
 BODY_BYTES = 12 * MAX_CHARACTERS + 2**16  # JSON may write a character as two escapes of six bytes
 
 
-class Refusal(Exception):
-    """A request that is not allowed; the message says what is."""
-
-
 class Annotate(litserve.LitAPI):
     """Records, as `handler.EndpointHandler` gives them: requests are read one by one, so that a bad one harms no other.
+
+    A bad one goes on as the ValueError that says what is allowed.
 
     Args:
         model: The model's folder.
@@ -50,25 +48,20 @@ class Annotate(litserve.LitAPI):
     def decode_request(self, request: dict) -> Any:
         try:
             return self.read(request)
-        except (Refusal, ValueError) as error:
-            return Refusal(str(error))
+        except ValueError as error:
+            return error
 
     def predict(self, requests: list[Any]) -> list[Any]:
-        good = [request for request in requests if not isinstance(request, Refusal)]
-        answers = iter(self.answer(good))
-        return [request if isinstance(request, Refusal) else next(answers) for request in requests]
+        answers = iter(self.answer([request for request in requests if not isinstance(request, ValueError)]))
+        return [request if isinstance(request, ValueError) else next(answers) for request in requests]
 
     def encode_response(self, output: Any) -> Response:
-        if isinstance(output, Refusal):
+        if isinstance(output, ValueError):
             return JSONResponse({"error": {"message": str(output), "type": "invalid_request_error"}}, status_code=400)
         return JSONResponse(output)
 
     def read(self, request: dict[str, Any]) -> Any:
-        """Returns what `answer` takes.
-
-        Raises:
-            Refusal, ValueError: The request is not allowed.
-        """
+        """Returns what `answer` takes; a ValueError says what of the request is not allowed."""
         return self.handler.read(request)
 
     def answer(self, requests: list[Any]) -> list[Any]:
@@ -87,13 +80,15 @@ class Embeddings(Annotate):
     def read(self, request: dict[str, Any]) -> Any:
         size, form = request.get("dimensions") or self.full, request.get("encoding_format") or "float"
         if type(size) is not int or not (1 <= size <= self.full or size == self.encoder):
-            raise Refusal(f"dimensions is {size!r:.50}; allowed: 1 to {self.full}, or {self.encoder} for the encoder's own.")
+            raise ValueError(
+                f"dimensions is {size!r:.50}; allowed: 1 to {self.full}, or {self.encoder} for the encoder's own."
+            )
         if form not in ("float", "base64"):
-            raise Refusal(f'encoding_format is {form!r:.50}; allowed: "float" or "base64".')
+            raise ValueError(f'encoding_format is {form!r:.50}; allowed: "float" or "base64".')
         texts = request.get("input")
         items = texts if isinstance(texts, list) else [texts]
         if not items or not all(isinstance(item, str) for item in items):
-            raise Refusal(f"input is {texts!r:.50}; allowed: a text or a list of texts (no token ids).")
+            raise ValueError(f"input is {texts!r:.50}; allowed: a text or a list of texts (no token ids).")
         vector = "encoder" if size > self.full else True
         return *self.handler.read({"inputs": items, "parameters": {"tasks": [], "embedding": vector}}), size, form, request
 
@@ -103,7 +98,7 @@ class Embeddings(Annotate):
 
     def _response(self, texts: list[str], _: Any, size: int, form: str, request: dict, records: list[dict]) -> Any:
         if errors := [record["error"] for record in records if "error" in record]:
-            return Refusal(errors[0])
+            return ValueError(errors[0])
         vectors = np.array([next(iter(record.values())) for record in records], dtype="<f4")[:, :size]
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         shown = [base64.b64encode(x.tobytes()).decode() for x in vectors] if form == "base64" else vectors.tolist()
@@ -136,19 +131,6 @@ class Capacity:
             self.running -= 1
 
 
-def make_server(model: str, queued_requests: int = QUEUED_REQUESTS) -> litserve.LitServer:
-    """Returns the server of a model's folder, to be run with one API process: queue and metrics are that process's own."""
-    server = litserve.LitServer(
-        [Annotate(model, "/annotate"), Embeddings(model, "/v1/embeddings")],
-        timeout=QUEUE_SECONDS,
-        max_payload_size=BODY_BYTES,
-        middlewares=[(Capacity, {"limit": queued_requests})],
-    )
-    metrics = Instrumentator(should_instrument_requests_inprogress=True, inprogress_labels=True)
-    metrics.instrument(server.app).expose(server.app)
-    return server
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(ROOT), help="the model's folder; default: this repository")
@@ -156,10 +138,17 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--queued-requests", type=int, default=QUEUED_REQUESTS, help="more are answered with 429")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe finishes running requests on an interrupt alone
-    make_server(args.model, args.queued_requests).run(
-        host=args.host, port=args.port, num_api_servers=1, generate_client_file=False
+    server = litserve.LitServer(
+        [Annotate(args.model, "/annotate"), Embeddings(args.model, "/v1/embeddings")],
+        timeout=QUEUE_SECONDS,
+        max_payload_size=BODY_BYTES,
+        middlewares=[(Capacity, {"limit": args.queued_requests})],
     )
+    metrics = Instrumentator(should_instrument_requests_inprogress=True, inprogress_labels=True)
+    metrics.instrument(server.app).expose(server.app)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe finishes running requests on an interrupt alone
+    # One API process: queue and metrics are that process's own.
+    server.run(host=args.host, port=args.port, num_api_servers=1, generate_client_file=False)
 
 
 if __name__ == "__main__":

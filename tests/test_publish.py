@@ -19,7 +19,7 @@ from tests.loopback_hub import HubError, LoopbackHub
 
 TOKEN = "hf_" + "neverPrintedOrWritten" * 2
 OWN = {
-    "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "config.json",
+    "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "README.md", "config.json",
     "config_sentence_transformers.json", "configuration_multitask.py", "heads/model.safetensors", "learning_multitask.py", "model.safetensors",
     "modeling_multitask.py", "modules.json", "multitask.safetensors.index.json", "pipeline_multitask.py", "handler.py", "weights_multitask.py", "annotator_multitask.py", "tasks_multitask.py",
     "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -132,8 +132,11 @@ def test_a_release_is_merged_into_main_after_it_was_loaded_from_the_hub(hub, fol
     assert hub.requests.index(loaded) < hub.requests.index(merged), "main moves last"
     files = main_files(hub)
     assert set(files) == OWN | {".gitattributes"}
-    for name in OWN:
+    for name in OWN - {"README.md"}:
         assert files[name] == (folder / name).read_bytes()
+    card = files["README.md"].decode()
+    assert "# user/tiny\n" in card and "topics" in card and 'model="user/tiny"' in card
+    assert not (folder / "README.md").exists(), "publishing changes nothing in the folder"
     printed = "".join(capfd.readouterr())
     assert 'pin it with revision="v1.0"' in printed and TOKEN not in printed
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -187,7 +190,6 @@ REFUSALS = {
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_refusal_is_explained_and_changes_nothing(hub, folder, tested, refusal, monkeypatch):
     part, status, message = REFUSALS[refusal]
-    (folder / "README.md").write_text("# Mine\n")
     refuse(hub, part, status)
     with pytest.raises(SystemExit, match=rf"{message}(.*\n)+Nothing is published unless"):
         run(monkeypatch, "user/tiny", "--folder", folder, "--revision", "v1.0")
@@ -395,7 +397,7 @@ def test_a_card_must_show_the_results(folder, monkeypatch):
 
 def test_other_encoders_have_their_own_files(tmp_path):
     files = release_files(write_release(tmp_path, "roberta", embedding_dim=None, tasks={}))
-    assert set(files) == OWN - {"2_Dense/config.json", "2_Dense/model.safetensors"}
+    assert set(files) == OWN - {"README.md", "2_Dense/config.json", "2_Dense/model.safetensors"}
 
 
 def test_golden_answers_are_compared_with_a_little_room():

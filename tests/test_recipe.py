@@ -181,6 +181,7 @@ def with_part(**fields):
         (with_part(mapping={"n": "awful"}), "tasks.mood.datasets.a.mapping.n is 'awful'; allowed: bad, good, or an empty"),
         (with_part(unsaid=["awful"]), "tasks.mood.datasets.a.unsaid holds 'awful'; allowed: bad, good"),
         (with_part(unsaid=["bad"], mapping={"n": "bad"}), "datasets.a.unsaid holds 'bad', which mapping says"),
+        (with_part(unsaid=["bad"]), "datasets.a.unsaid is \\['bad'\\]; it is for entities"),
         (with_part(dataset="db"), "datasets names 'db' 2 times"),
         (with_part(epochs=-1.0), "tasks.mood.datasets.a.epochs is -1.0; it must be greater than 0"),
         (with_part(passage_rows=2), "datasets.a.passage_rows is 2; only token_classification"),

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
 
+from common.data import DataError
 from training import sources
 from training.converters import CONVERTERS, SourceError, row_key
-from training.sources import Source, build, differences, fetch, fingerprint, read_sources
+from training.sources import Source, build, fetch, fingerprint, read_sources
 
 LISTED = read_sources()
 
@@ -166,7 +167,10 @@ def convert(tmp_path: Path, name: str, files: dict[str, str | bytes], **options)
     for key, content in files.items():
         paths[key] = tmp_path / f"{key.replace('/', '-')}.raw"
         paths[key].write_bytes(content.encode() if isinstance(content, str) else content)
-    return CONVERTERS[LISTED[name].converter](paths, **{**LISTED[name].options, **options})
+    found = {}
+    for split, row in CONVERTERS[LISTED[name].converter](paths, **{**LISTED[name].options, **options}):
+        found.setdefault(split, []).append(row)
+    return found
 
 
 def read_folder(folder: Path) -> dict[str, Dataset]:
@@ -194,7 +198,8 @@ def test_the_command_builds_what_it_can_and_names_what_it_cannot(server, uner, t
     other = {**dataclasses.asdict(uner), "files": {"train": "gone.iob2"}}
     text = "\n".join(f"[{name}]\n{toml(entry)}" for name, entry in {"bad": other, "good": dataclasses.asdict(uner)}.items())
     (tmp_path / "list.toml").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["sources", "--list", f"{tmp_path}/list.toml", "--output", f"{tmp_path}/data"])
+    monkeypatch.setattr(sources, "read_sources", lambda: read_sources(tmp_path / "list.toml"))
+    monkeypatch.setattr(sys, "argv", ["sources", "--output", f"{tmp_path}/data"])
     with pytest.raises(SystemExit, match="not built: bad"):
         sources.main()
     assert "gone.iob2: the server answers HTTP Error 404" in capsys.readouterr().err
@@ -217,7 +222,7 @@ def test_a_data_set_on_the_hub_is_read_with_its_columns(uner, tmp_path):
     source = dataclasses.replace(uner, hub=str(tmp_path / "hub/uner_ewt"), files={}, columns={"tokens": "tokens"})
     build(source, tmp_path / "data")
     assert read_folder(tmp_path / "data/uner_ewt")["train"].column_names == ["tokens"]
-    with pytest.raises(SourceError, match="no column"):
+    with pytest.raises(DataError, match="no column"):
         build(dataclasses.replace(source, columns={"words": "tokens"}), tmp_path / "other")
 
 
@@ -272,8 +277,6 @@ def test_other_rows_than_expected(uner, tmp_path):
     refuse(dataclasses.replace(uner, rows={**uner.rows, "more": 1}), tmp_path, "split more: 0 rows; there must be 1")
     wrong = dataclasses.replace(uner, fingerprints={"test": "0" * 64})
     refuse(wrong, tmp_path, "split test: 2 rows, but some are not those")
-    build(wrong, tmp_path / "data", unverified=True)
-    assert differences(wrong, read_folder(tmp_path / "data/uner_ewt")), "it is kept, and still differs"
 
 
 def test_fingerprints_see_values_and_label_names_and_not_the_order_of_rows(uner, tmp_path):
@@ -340,7 +343,6 @@ def test_rated_snippets(tmp_path):
         "validation": [("product", "It has a door.", "neutral")],
         "test": [("tweet", "nice :)", "positive")],
     }
-    assert found["train"][0]["score"] == pytest.approx(2.9 / 4)
 
 
 def test_valence(tmp_path):
@@ -352,7 +354,6 @@ def test_valence(tmp_path):
         "validation": [("A neutral text", "neutral", "blog")],
         "test": [("We won.", "positive", "fiction")],
     }
-    assert found["test"][0]["arousal"] == 3.5
 
 
 def test_sentences_whose_targets_disagree_are_left_out(tmp_path):
@@ -368,9 +369,9 @@ def test_sentences_whose_targets_disagree_are_left_out(tmp_path):
     content = zipped(train=train, devtest_rw=test)
     found = convert(tmp_path, "newsmtsc", {"archive": content}, splits=splits)
     assert found == {
-        "train": [{"text": "They met.", "label": "neutral", "target": "They"}],
-        "validation": [{"text": "Held out.", "label": "positive", "target": "x"}],
-        "test": [{"text": "A lie.", "label": "negative", "target": "A"}],
+        "train": [{"text": "They met.", "label": "neutral"}],
+        "validation": [{"text": "Held out.", "label": "positive"}],
+        "test": [{"text": "A lie.", "label": "negative"}],
     }
 
 

@@ -90,14 +90,6 @@ def _labels(values: list[Any]) -> list[Any]:
 # Writing
 
 
-def local_folder(model: str) -> Path:
-    """Returns the folder of a model, which is fetched if `model` is a Hub id; a ValueError says if it cannot be."""
-    try:
-        return Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"MODEL is {model!r}; allowed: a folder, or a Hub id that can be fetched ({error})") from error
-
-
 def write_model(pipe: MultiTaskPipeline, source: Path, output: Path) -> None:
     """Writes the model in the form that `source` has; a release with a task branch keeps its encoder's files as they are."""
     pipe.model.to("cpu")
@@ -139,15 +131,14 @@ def measure_task(pipe: MultiTaskPipeline, name: str, texts: list[Any], targets: 
             raise ValueError(
                 f"The test split has the label {unknown[0]!r}, which the examples lack: {', '.join(sorted(known))}."
             )
-    answers = [_answer(kind, name, record) for record in pipe([text for text, _ in rows], tasks=[name], embedding=False)]
-    return {**score(kind, [x for _, x in rows], answers), "rows": len(rows)}
-
-
-def _answer(kind: str, name: str, record: dict[str, Any]) -> Any:
+    records = pipe([text for text, _ in rows], tasks=[name], embedding=False)
     if kind == ENTITIES:
-        return found_spans(record["entities"][name])
-    answer = record["labels"][name]
-    return next(iter(answer["values"].values())) if kind == NUMBER else answer[kind]
+        answers = [found_spans(record["entities"][name]) for record in records]
+    elif kind == NUMBER:
+        answers = [record["labels"][name]["values"][spec.labels[0]] for record in records]
+    else:
+        answers = [record["labels"][name][kind] for record in records]
+    return {**score(kind, [x for _, x in rows], answers), "rows": len(rows)}
 
 
 def summary(report: Report) -> str:
@@ -170,7 +161,11 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line says."""
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists and is not empty; give a new folder.")
-    columns, source = (args.text_column, args.label_column), local_folder(args.model)
+    try:
+        source = Path(args.model if Path(args.model).is_dir() else snapshot_download(args.model))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"MODEL is {args.model!r}; allowed: a folder, or a Hub id that can be fetched ({error})") from error
+    columns = (args.text_column, args.label_column)
     rows, test = read_file(args.data, *columns), args.test and read_file(args.test, *columns)
     pipe = load(source)
     report = pipe.add_task(args.name or args.label_column, *rows, seed=args.seed)

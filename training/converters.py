@@ -13,7 +13,6 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -100,7 +99,7 @@ def to_bio(kinds: list[str | None], starts: set[int]) -> list[str]:
 # Named entities
 
 
-def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains: bool = False) -> Rows:
+def columns(files: Files, token: int, tag: int, mapping: dict[str, str]) -> Rows:
     """Yields the sentences of files with one token a line and blank lines between sentences: CoNLL, IOB2.
 
     Args:
@@ -121,8 +120,12 @@ def columns(files: Files, token: int, tag: int, mapping: dict[str, str], domains
                 if cells[tag].startswith("B-"):
                     starts.add(len(words))
                 words.append(cells[token])
-                kinds.append(bio_kind(cells[tag], mapping, f"{where}, column {tag + 1}"))
-            yield split, {"tokens": words, "ner_tags": to_bio(kinds, starts), **({"domain": domain} if domains else {})}
+                prefix, _, kind = cells[tag].partition("-")
+                if cells[tag] != "O" and prefix not in ("B", "I"):
+                    raise SourceError(f"{where}, column {tag + 1}: the tag {cells[tag]!r} is neither O nor B-… nor I-….")
+                kind = "O" if prefix == "O" else lookup(mapping, kind, f"{where}, column {tag + 1}")
+                kinds.append(None if kind == "O" else kind)
+            yield split, {"tokens": words, "ner_tags": to_bio(kinds, starts), **({"domain": domain} if domain else {})}
 
 
 def blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
@@ -137,15 +140,6 @@ def blocks(path: Path) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
         elif lines:
             yield comments, lines
             comments, lines = [], []
-
-
-def bio_kind(tag: str, mapping: dict[str, str], where: str) -> str | None:
-    """Returns what the mapping makes of the kind in a BIO tag, None for no entity."""
-    prefix, _, kind = tag.partition("-")
-    if tag != "O" and prefix not in ("B", "I"):
-        raise SourceError(f"{where}: the tag {tag!r} is neither O nor B-… nor I-….")
-    found = "O" if tag == "O" else lookup(mapping, kind, where)
-    return None if found == "O" else found
 
 
 def docred(files: Files, mapping: dict[str, str], splits: dict[str, list[str]]) -> Rows:
@@ -256,7 +250,7 @@ VADER_FILES = {
 
 
 def vader(files: Files, splits: dict[str, list[str]]) -> Rows:
-    """Yields the snippets of VADER's archive, with the raters' mean as a share of 4 and cut at ±0.5 of 4.
+    """Yields the snippets of VADER's archive, with the raters' mean, from -4 to 4, cut at ±0.5.
 
     Of texts that have the same letters and digits, the first counts. `splits` names documents as "domain/number"; what it does
     not name is for training, but for movie snippets, most of which are left out.
@@ -273,7 +267,7 @@ def vader(files: Files, splits: dict[str, list[str]]) -> Rows:
             split = place.get(key, None if domain == "movie" else "train")
             letters = re.sub(r"[^a-z0-9]+", "", text.lower())
             if split and letters not in seen:
-                yield split, {"text": text, "label": cut(rating, -0.5, 0.5), "score": rating / 4, "domain": domain}
+                yield split, {"text": text, "label": cut(rating, -0.5, 0.5), "domain": domain}
                 seen.add(letters)
 
 
@@ -303,45 +297,38 @@ def emobank(files: Files) -> Rows:
     reader = csv.DictReader(io.StringIO(text_of(files["ratings"]), newline=""))
     for cells in reader:
         where = f"{files['ratings'].name}, row {reader.line_num}"
-        if missing := [x for x in ("id", "split", "V", "A", "D", "text") if cells.get(x) is None]:
+        if missing := [x for x in ("id", "split", "V", "text") if cells.get(x) is None]:
             raise SourceError(f"{where}: no field {', '.join(missing)}.")
-        ratings = [number(cells[x], f"{where}, field {x}") for x in "VAD"]
-        split = lookup(names, cells["split"], f"{where}, field split")
+        valence, split = number(cells["V"], f"{where}, field V"), lookup(names, cells["split"], f"{where}, field split")
         if len(re.findall(r"[A-Za-z]{2,}", cells["text"])) >= 2:
-            values = dict(zip(("valence", "arousal", "dominance"), ratings, strict=True))
             if cells["id"] not in genres:
                 raise SourceError(f"{where}, field id: {cells['id']!r} is not in {files['genres'].name}.")
-            label, domain = cut(ratings[0], 2.7, 3.3), genres[cells["id"]]
-            yield split, {"text": squeeze(cells["text"]), "label": label, **values, "domain": domain}
+            label = cut(valence, 2.7, 3.3)
+            yield split, {"text": squeeze(cells["text"]), "label": label, "domain": genres[cells["id"]]}
 
 
 def newsmtsc(files: Files, splits: dict[str, list[str]]) -> Rows:
-    """Yields the sentences of NewsMTSC with the first of their targets; those whose targets differ in sentiment are left out.
+    """Yields the sentences of NewsMTSC; those whose targets differ in sentiment are left out.
 
     `splits` names the sentences of its training file that are for validation.
     """
-    for row in news_rows(files["archive"], "train.jsonl"):
-        yield "validation" if row_key(row["text"]) in splits["validation"] else "train", row
-    for row in news_rows(files["archive"], "devtest_rw.jsonl"):
-        yield "test", row
-
-
-def news_rows(archive: Path, file: str) -> list[Row]:
-    """Returns each sentence of one file of NewsMTSC once."""
     labels = {2.0: "negative", 4.0: "neutral", 6.0: "positive"}
-    by_text: dict[str, list[Row]] = {}
-    for row, line in enumerate(read_archive(archive, file), 1):
-        where = f"{file}, row {row}"
-        try:
-            record = json.loads(line)
-            text = squeeze(record["sentence_normalized"])
-            targets = [(x["polarity"], x["mention"]) for x in record["targets"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SourceError(f"{where}: no sentence_normalized with targets ({error!r}).") from error
-        for polarity, mention in targets:
-            label = lookup(labels, polarity, f"{where}, field polarity")
-            by_text.setdefault(text, []).append({"text": text, "label": label, "target": mention})
-    return [rows[0] for rows in by_text.values() if len({row["label"] for row in rows}) == 1]
+    for file, split in (("train.jsonl", "train"), ("devtest_rw.jsonl", "test")):
+        by_text: dict[str, set[str]] = {}
+        for row, line in enumerate(read_archive(files["archive"], file), 1):
+            where = f"{file}, row {row}"
+            try:
+                record = json.loads(line)
+                text = squeeze(record["sentence_normalized"])
+                polarities = [x["polarity"] for x in record["targets"]]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise SourceError(f"{where}: no sentence_normalized with targets ({error!r}).") from error
+            for polarity in polarities:
+                by_text.setdefault(text, set()).add(lookup(labels, polarity, f"{where}, field polarity"))
+        for text, found in by_text.items():
+            if len(found) == 1:
+                is_held_out = split == "train" and row_key(text) in splits["validation"]
+                yield "validation" if is_held_out else split, {"text": text, "label": found.pop()}
 
 
 def goemotions(files: Files) -> Rows:
@@ -369,15 +356,6 @@ def clinc(files: Files) -> Rows:
                 yield split, {"text": text, "label": label}
 
 
-def by_split(converter: Callable[..., Rows], files: Files, **options: Any) -> dict[str, list[Row]]:
-    """Returns the rows of each split that a converter yields."""
-    splits: dict[str, list[Row]] = {}
-    for split, row in converter(files, **options):
-        splits.setdefault(split, []).append(row)
-    return splits
-
-
-CONVERTERS: dict[str, Callable[..., dict[str, list[Row]]]] = {
-    converter.__name__: partial(by_split, converter)
-    for converter in (clinc, columns, docred, emobank, goemotions, gum, newsmtsc, vader)
+CONVERTERS: dict[str, Callable[..., Rows]] = {
+    converter.__name__: converter for converter in (clinc, columns, docred, emobank, goemotions, gum, newsmtsc, vader)
 }

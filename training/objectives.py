@@ -49,14 +49,13 @@ def classification_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, task: Ta
         spec: The head.
         logits: float [B, C] or [B, T, C].
         labels: As for `task_loss`.
-        task: Gives `focal_gamma` (Lin et al. 2017, Focal loss for dense object detection) and the labels that its data set never marks.
+        task: Gives `focal_gamma` (Lin et al. 2017, Focal loss for dense object detection) and the unsaid entities.
         weights: float [C], a factor per class; for multi-label tasks of each class's presence.
     """
-    if task.unsaid and spec.problem_type != "multi_label_classification":  # there, what is never marked is missing
-        logits = fold_unsaid(logits.float(), task, spec.labels)
+    logits = fold_unsaid(logits.float(), task, spec.labels)
     if weights is None and not task.focal_gamma:
         return task_loss(spec, logits, labels)
-    logits, kept = logits.float(), labels != IGNORE_INDEX
+    kept = labels != IGNORE_INDEX
     if spec.problem_type == "multi_label_classification":
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none", pos_weight=weights)
         certainty = torch.where(labels > 0.5, logits, -logits).sigmoid()

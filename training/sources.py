@@ -136,50 +136,38 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
 # Build
 
 
-def build(source: Source, output: Path, unverified: bool = False) -> None:
-    """Makes the folder of a data set in `output`, whole or not at all.
-
-    Args:
-        source: The data set.
-        output: A folder; it is created.
-        unverified: Whether to keep rows that differ from the expected ones.
+def build(source: Source, output: Path) -> None:
+    """Makes the folder of a data set in `output`, which is created, whole or not at all.
 
     Raises:
         SourceError: A file cannot be fetched or converted, the rows are not the expected ones, or something is there already.
+        DataError: A data set on the Hub cannot be read.
     """
     target = output / source.name
     if target.exists():
         raise SourceError(f"{target} exists; remove it to build it again.")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{source.name}.") as temporary:
-        data = from_hub(source) if source.hub else from_files(source, Path(temporary))
-        problems = differences(source, data)
-        if problems and not unverified:
-            raise SourceError("\n".join([*problems, "Use --unverified to keep these rows all the same."]))
+        if source.hub:
+            names = list(source.columns)
+            data = {split: load_split(source.hub, split, names).select_columns(names) for split in source.rows}
+        else:
+            paths = {name: Path(temporary, address.replace("/", "-")) for name, address in source.files.items()}
+            for name, address in source.files.items():
+                fetch(urljoin(source.base, address), paths[name], source.sha256.get(name))
+            drawn = json.loads(SPLITS.read_text("utf-8")).get(source.name)
+            options = {**source.options, **({"splits": drawn} if drawn else {})}
+            found: dict[str, list[Row]] = {}
+            for split, row in CONVERTERS[source.converter](paths, **options):
+                found.setdefault(split, []).append(row)
+            data = {split: to_dataset(rows, source, split) for split, rows in found.items()}
+        if problems := differences(source, data):
+            raise SourceError("\n".join(problems))
         folder = Path(temporary) / "folder"
         folder.mkdir()
         for split, rows in data.items():
             rows.to_parquet(folder / f"{split}.parquet")
         folder.rename(target)
-
-
-def from_hub(source: Source) -> dict[str, Dataset]:
-    """Returns the splits of a data set on the Hub, with the listed columns."""
-    try:
-        return {x: load_split(source.hub, x, source.columns).select_columns(list(source.columns)) for x in source.rows}
-    except DataError as error:
-        raise SourceError(str(error)) from error
-
-
-def from_files(source: Source, folder: Path) -> dict[str, Dataset]:
-    """Returns the splits of a data set, downloaded into a folder and converted."""
-    paths = {name: folder / address.replace("/", "-") for name, address in source.files.items()}
-    for name, address in source.files.items():
-        fetch(urljoin(source.base, address), paths[name], source.sha256.get(name))
-    drawn = json.loads(SPLITS.read_text("utf-8")).get(source.name)
-    options = {**source.options, **({"splits": drawn} if drawn else {})}
-    splits = CONVERTERS[source.converter](paths, **options)
-    return {split: to_dataset(rows, source, split) for split, rows in splits.items()}
 
 
 def features_of(source: Source) -> Features:
@@ -235,22 +223,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets of sources.toml; none: all of them")
     parser.add_argument("--output", type=Path, required=True, help="folder for the data sets' folders")
-    parser.add_argument("--unverified", action="store_true", help="keep rows that the release was not trained on")
-    parser.add_argument("--list", type=Path, default=LIST, help="another list of sources")
     args = parser.parse_args()
-    try:
-        sources = read_sources(args.list)
-    except SourceError as error:
-        sys.exit(str(error))
+    sources = read_sources()
     if unknown := [name for name in args.names if name not in sources]:
-        parser.error(f"no data set {', '.join(unknown)}; {args.list.name} lists {', '.join(sources)}")
+        parser.error(f"no data set {', '.join(unknown)}; {LIST.name} lists {', '.join(sources)}")
     disable_progress_bars()
     failed = []
     for name in args.names or sources:
         try:
-            build(sources[name], args.output, args.unverified)
+            build(sources[name], args.output)
             print(f"{args.output / name}: {sources[name].rows}")
-        except SourceError as error:
+        except (SourceError, DataError) as error:
             failed.append(name)
             print(error, file=sys.stderr)
     if failed:

@@ -193,9 +193,7 @@ def training_arguments(output: Path, recipe: Recipe, steps: int) -> TrainingArgu
         logging_nan_inf_filter=False,
         eval_strategy="steps" if every else "no",
         eval_steps=every,
-        save_strategy="steps",
         save_steps=every or run.save_steps,
-        save_total_limit=None,  # old checkpoints go when the new one is whole, see _save_checkpoint
         load_best_model_at_end=every is not None,
         metric_for_best_model="average" if every else None,
         remove_unused_columns=False,
