@@ -21,7 +21,7 @@ from bulk.sources import Source
 from tests.test_bulk_run import elsewhere, write_texts
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # as the engine does, which imports Ray later than this file
-os.environ["RAY_worker_niceness"] = "0"  # Ray gives way to other work, here to the tests beside these
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 – Ray's name; its workers give way to other work, here to the tests beside these
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 OPTIONS = ["--device", "cpu", "--tasks", "rating,sentiment", "--no-embedding"]

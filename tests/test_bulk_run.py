@@ -117,9 +117,9 @@ def kill_at_random_moments(release: Path, folder: Path) -> None:
         resumed += len(list(Output(output).partial.glob("0*" + suffix))) > 0
         assert fork(run) == 0
         assert contents(output) == expected, moment
-        if killed == 20:
+        if killed >= 20 and resumed >= 8:  # on a busy machine many moments lie before the first part
             break
-    assert killed == 20 and resumed >= 8, (killed, resumed)
+    assert killed >= 20 and resumed >= 8, (killed, resumed)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from release.export import export
 from tests.conftest import ROOT, TEXTS
 from tests.test_handler import alike, serve
 
+LENT = ("torch", "numpy", "scipy", "scikit-learn")  # large, and of any version that these tests ask for
 SCRIPTS = Path(__file__).with_name("consumers")
 SAMPLES = [*TEXTS, "word " * 400, "ünïcode 😡 日本"]  # one beyond the length that the model reads
 
@@ -228,13 +229,12 @@ def test_the_facts_that_servers_read_before_they_start(repo, release):
 def environment(request: pytest.FixtureRequest) -> Callable[..., Path]:
     """Returns a function that gives the Python of a virtual environment with a requirement, made once and kept."""
 
-    def make(requirement: str, lent: str | None = None) -> Path:
+    def make(requirement: str, lent: Iterable[str] = ()) -> Path:
         folder = request.config.cache.mkdir("environments") / re.sub(r"[^\w.]+", "-", requirement)
         python, complete = folder / "bin/python", folder / "complete"
         if not complete.exists():
             venv.create(folder, clear=True, symlinks=True)
-            if lent:
-                lend(lent, next(folder.glob("lib/python*/site-packages")))
+            lend(lent, next(folder.glob("lib/python*/site-packages")))
             succeed(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile", requirement)
             complete.touch()
         return python
@@ -242,11 +242,11 @@ def environment(request: pytest.FixtureRequest) -> Callable[..., Path]:
     return make
 
 
-def lend(package: str, site: Path) -> None:
-    """Links an installed package into a virtual environment, to spare a large download."""
-    installed = distribution(package)
-    for name in {file.parts[0] for file in installed.files or []} - {".."}:
-        (site / name).symlink_to(Path(str(installed.locate_file(name))))
+def lend(packages: Iterable[str], site: Path) -> None:
+    """Links installed packages into a virtual environment, to spare large downloads."""
+    for installed in map(distribution, packages):
+        for name in {file.parts[0] for file in installed.files or []} - {".."}:
+            (site / name).symlink_to(Path(str(installed.locate_file(name))))
 
 
 def succeed(*command: str | Path) -> None:
@@ -280,7 +280,7 @@ def test_onnx_runtime_and_tokenizers_are_enough(exported_release, tmp_path):
     ],
 )
 def test_other_versions_of_sentence_transformers_give_the_same_vectors(requirement, environment, shipped, tmp_path):
-    python = environment(requirement, lent="torch")
+    python = environment(requirement, LENT)
     np.testing.assert_allclose(encode_elsewhere(python, "encode.py", ROOT, tmp_path), shipped, atol=1e-5)
 
 
@@ -296,5 +296,5 @@ def test_fastembed_gives_the_same_vectors(exported_release, environment, tmp_pat
 @pytest.mark.environments
 def test_the_handler_gives_the_same_answers_on_transformers_4(environment):
     """The containers of Inference Endpoints carry it."""
-    python = environment("transformers[torch]==4.51.3", lent="torch")
+    python = environment("transformers[torch]==4.51.3", ["torch"])
     assert alike(serve(python, ROOT, {"inputs": TEXTS}), EndpointHandler(ROOT)({"inputs": TEXTS}))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, write_release
-from tests.test_consumers import lend
+from tests.test_consumers import LENT, lend
 
 pytestmark = pytest.mark.environments
 EXAMPLES = [
@@ -22,36 +22,30 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def environment(folder: Path, requirements: str) -> Path:
-    """Returns the Python of a fresh environment; torch is lent, to spare a large download."""
-    venv.create(folder, with_pip=True)
-    lend("torch", next(folder.glob("lib/python*/site-packages")))
-    install(folder / "bin/python", "-r", requirements)
-    return folder / "bin/python"
-
-
 def install(python: Path, *packages: str) -> None:
     run(python, "-m", "pip", "install", "-q", "--no-compile", *packages, "-c", "constraints.txt")
 
 
-def test_requirements_are_enough_to_annotate_learn_and_with_three_packages_to_export(tmp_path):
-    python = environment(tmp_path / "use", "requirements.txt")
+def test_the_requirements_named_for_each_command_are_enough(tmp_path):
+    """One environment that grows in the order of the documents: to use, with three packages to export, to train."""
+    venv.create(tmp_path / "environment", with_pip=True)
+    python = tmp_path / "environment/bin/python"
+    lend(LENT, next((tmp_path / "environment").glob("lib/python*/site-packages")))
+    folder, data = write_release(tmp_path / "model"), tmp_path / "mine.csv"
+
+    install(python, "-r", "requirements.txt")
     assert "sentiment" in run(python, "annotate.py", "I love it!")
     learn = "annotate.add_task('a', ['x', 'y'] * 4, ['p', 'q'] * 4)"
     load = "from transformers import pipeline; annotate = pipeline('multitask', model='.', trust_remote_code=True)"
     run(python, "-c", f"{load}; {learn}")
-    folder = write_release(tmp_path / "model")
+
     install(python, "onnx", "onnxscript", "onnxruntime")
     run(python, "-m", "release.onnx", folder)
     assert (folder / "onnx/model_quantized.onnx").exists()
 
-
-def test_training_requirements_are_enough_to_train_evaluate_and_add_a_task(tmp_path):
-    python = environment(tmp_path / "train", "requirements-train.txt")
-    data, release = tmp_path / "mine.csv", write_release(tmp_path / "model")
+    install(python, "-r", "requirements-train.txt")
     data.write_text("\n".join(EXAMPLES), "utf-8")
     columns = ("--text-column", "message", "--label-column", "intent")
-    said = run(python, "-m", "training.add_task", release, "--data", data, *columns, "--output", tmp_path / "grown")
+    said = run(python, "-m", "training.add_task", folder, "--data", data, *columns, "--output", tmp_path / "grown")
     assert "intent: 2 label(s) from 20 rows" in said
-    for module in ("training.train", "training.projection", "training.sources", "evaluation.evaluate", "release.publish"):
-        run(python, "-m", module, "--help")
+    run(python, "-c", "import training.train, training.projection, training.sources, evaluation.evaluate, release.publish")
