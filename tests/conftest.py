@@ -29,6 +29,7 @@ TEXTS = [
     "",
     "The U.S. embassy, in Rome, was closed; nobody said why, and it rained all day long in Italy.",
 ]
+LONGEST = ("test_training", "test_onnx", "test_loading", "test_bulk_run", "test_bulk_ray_engine", "test_environments")
 TASKS: dict[str, dict[str, Any]] = {
     "sentiment": {"kind": "sequence_classification", "labels": ["negative", "neutral", "positive"]},
     "topics": {
@@ -50,6 +51,11 @@ TASKS: dict[str, dict[str, Any]] = {
 logging.disable_progress_bar()
 settings.register_profile("shared machines are slow at times", deadline=None)
 settings.load_profile("shared machines are slow at times")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first, so that two processes with a file each end at about the same time."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def tiny_config(model_type: str = "bert", **fields: Any) -> MultiTaskConfig:

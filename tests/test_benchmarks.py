@@ -136,6 +136,7 @@ def test_a_pipeline_in_half_precision_gives_nearly_the_same_vectors(release, pip
         assert record["labels"]["sentiment"]["scores"] == pytest.approx(expected["labels"]["sentiment"]["scores"], abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_records_whatever_the_shape(release, pipe):
     torch._dynamo.reset()
     compiled, traced = pipeline("multitask", model=str(release), trust_remote_code=True, device="cpu"), []

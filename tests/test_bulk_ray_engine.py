@@ -131,6 +131,7 @@ def test_a_machine_that_dies_costs_nothing(run, release, tmp_path, monkeypatch):
         assert (output / f"{shard}.jsonl.parquet").read_bytes() == (tmp_path / f"{shard}.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_files_of_one_target_are_refused(run, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/reviews.csv").write_text("text\none\ntwo\nthree\n")
@@ -144,6 +145,7 @@ def test_two_files_of_one_target_are_refused(run, tmp_path):
     assert code == 0 and texts == {"more.csv.parquet": ["one", "two", "three"], "reviews.csv.parquet": ["four"]}
 
 
+@pytest.mark.slow
 def test_a_shard_whose_input_changed_is_named_when_the_run_is_resumed(run, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):

@@ -167,6 +167,7 @@ def kill_at_every_step(release: Path, folder: Path) -> None:
     assert status == 0 and step > 30, (status, step)
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_of_a_file_it_goes_on_to_the_same_bytes(release, tmp_path):
     elsewhere(kill_at_every_step, release, tmp_path)
 
@@ -354,6 +355,7 @@ def workers_of_this_process() -> list[int]:
     return [process.pid for process in multiprocessing.active_children()]
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(release, tmp_path):
     source, pids = write_texts(tmp_path / "in.jsonl", 2000), PROCESSES.Queue()
     process = PROCESSES.Process(target=run_with_workers, args=(release, source, tmp_path / "out.jsonl", pids))

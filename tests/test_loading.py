@@ -196,6 +196,7 @@ def upload(hub: LoopbackHub, folder: Path, home: Path) -> str:
     return done.stdout.split()[-1]
 
 
+@pytest.mark.slow
 def test_all_ways_agree_through_a_hub_with_an_empty_cache_and_a_pinned_revision(hub, release, local_outputs, tmp_path):
     commit = upload(hub, release, tmp_path / "uploader")
     other = write_release(tmp_path, seed=1)

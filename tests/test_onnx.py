@@ -91,7 +91,7 @@ def assert_same_as_torch(folder: Path, given: dict[str, np.ndarray]) -> None:
     [
         ("bert", 0),
         ("bert", 1),
-        ("modernbert", 1),
+        pytest.param("modernbert", 1, marks=pytest.mark.slow),
         pytest.param("roberta", 1, marks=pytest.mark.slow),
         pytest.param("distilbert", 1, marks=pytest.mark.slow),
     ],

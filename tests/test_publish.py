@@ -124,6 +124,7 @@ def statuses(hub: LoopbackHub) -> list[str]:
 # With the models
 
 
+@pytest.mark.slow
 def test_a_release_is_merged_into_main_after_it_was_loaded_from_the_hub(hub, folder, monkeypatch, capfd, tmp_path):
     run(monkeypatch, "user/tiny", "--folder", folder, "--private", "--revision", "v1.0")
     repo = hub.repos["user/tiny"]
@@ -344,7 +345,7 @@ def test_a_link_out_of_the_folder_is_refused(folder, tmp_path, name, monkeypatch
 
 def test_of_a_checkout_what_git_tracks_goes_and_exports_too(hub, folder, tested, monkeypatch):
     monkeypatch.setattr(publish, "check_exports", lambda snapshot: None)
-    (folder / ".gitignore").write_text("/runs/\n/onnx/\n*.env\n")
+    (folder / ".gitignore").write_text("/runs/\n/onnx/\n*.env\n__pycache__/\n")
     for name in (
         "annotate.py",
         "training/a.py",

@@ -403,6 +403,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(workshop):
     arguments = [workshop.write("mood", "pairs"), "--set", "run.save_steps=5", "--output"]
     fresh.run(["-m", "training.train", *arguments, workshop.folder / "whole"])
